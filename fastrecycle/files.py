@@ -1,0 +1,134 @@
+"""Files that are either whole or absent: atomic writes, checked safetensors reads, SHA-256."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that replaces `path` only once it is complete and on disk.
+
+    A kill at any moment leaves either the old file or the new one. On an error (a full disk, say)
+    the unfinished copy is removed and `path` keeps its old contents.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(unfinished, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def atomic_write(path: str | Path, content: bytes | str | Callable[[IO[bytes]], Any]) -> None:
+    """Write bytes, text, or whatever `content(stream)` writes, to `path`, atomically."""
+    with atomic_open(path) as stream:
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    atomic_write(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON file, got {error}") from None
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as one safetensors file, atomically."""
+    # .clone() of views: safetensors refuses tensors that share storage
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    atomic_write(path, safetensors_bytes(plain, dict(metadata) if metadata else None))
+
+
+def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file into (tensors on the CPU, metadata).
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it is truncated or not a safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return tensors, dict(stream.metadata() or {})
+    except (SafetensorError, ValueError, OSError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: expected a complete safetensors file, got {path.stat().st_size} bytes that do"
+            f" not parse ({error}); download or write it again"
+        ) from None
+
+
+def load_torch(path: str | Path) -> Any:
+    """Read a `.pt`/`.bin` checkpoint with `weights_only=True`: nothing in it is ever executed.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it is damaged, or holds pickled objects other than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read with"
+            f" weights_only=True ({reason}); save the state dict alone, as safetensors"
+        ) from None
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file, or of a folder's files (names and contents, in sorted order)."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if path.is_dir():
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,361 @@
+"""LoRAs with heads, in memory: one LoRA, many stacked for one batch, and a bank of them.
+
+L blocks, R the largest rank, G LoRAs, C classes. On disk a LoRA is a PEFT folder
+(`fastrecycle.peft_format`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from fastrecycle_kernels.reference import LowRank
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastrecycle.vit import ViTConfig
+
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+def target_sizes(width: int, mlp_dim: int) -> dict[str, tuple[int, int]]:
+    """{target: (d_in, d_out)} of the products that a LoRA can change."""
+    square = (width, width)
+    return {
+        "q": square, "k": square, "v": square, "proj": square,
+        "fc1": (width, mlp_dim), "fc2": (mlp_dim, width),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on the backbone's feature: logits = features weight^T + bias."""
+
+    weight: Tensor  # (C, features)
+    bias: Tensor | None = None  # (C,)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, C."""
+        return self.weight.shape[0]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, features) -> logits (B, C)."""
+        return torch.nn.functional.linear(features, self.weight, self.bias)
+
+    def to(self, *args, **kwargs) -> Head:
+        """The head on another device or in another dtype."""
+        bias = None if self.bias is None else self.bias.to(*args, **kwargs)
+        return Head(self.weight.to(*args, **kwargs), bias)
+
+
+@dataclass(frozen=True)
+class LoRAStack:
+    """G LoRAs side by side, so that each image of a batch can run under its own."""
+
+    a: dict[str, Tensor]  # target -> (G, L, R, d_in)
+    b: dict[str, Tensor]  # target -> (G, L, d_out, R)
+    scale: dict[str, Tensor]  # target -> (G, L)
+
+    def __len__(self) -> int:
+        return next(iter(self.scale.values())).shape[0] if self.scale else 0
+
+    def block(self, i: int) -> dict[str, LowRank]:
+        """The factors of block i: target -> (a (G, R, d_in), b (G, d_out, R), scale (G,))."""
+        return {t: (self.a[t][:, i], self.b[t][:, i], self.scale[t][:, i]) for t in self.a}
+
+    def to(self, *args, **kwargs) -> LoRAStack:
+        """The stack on another device or in another dtype."""
+        move = lambda d: {t: x.to(*args, **kwargs) for t, x in d.items()}  # noqa: E731
+        return LoRAStack(move(self.a), move(self.b), move(self.scale))
+
+    @staticmethod
+    def of(loras: Sequence[LoRA]) -> LoRAStack:
+        """Stack LoRAs of any ranks and targets; what one lacks is zero.
+
+        Raises:
+            ValueError: none are given, or they belong to models of different sizes.
+        """
+        if not loras:
+            raise ValueError("LoRAStack.of: expected at least one LoRA, got none")
+        a, b, scale = {}, {}, {}
+        for target in TARGETS:
+            having = [x for x in loras if target in x.a]
+            if not having:
+                continue
+            rank = max(x.a[target].shape[1] for x in having)
+            shapes = {(x.depth, x.a[target].shape[2], x.b[target].shape[1]) for x in having}
+            if len(shapes) > 1 or len({x.depth for x in loras}) > 1:
+                raise ValueError(
+                    f"LoRAStack.of: LoRAs of one model expected, got sizes (blocks, d_in, d_out)"
+                    f" {sorted(shapes)} on {target}"
+                )
+            depth, d_in, d_out = shapes.pop()
+            like = having[0].a[target]
+            stack_a, stack_b, stack_scale = [], [], []
+            for x in loras:
+                if target in x.a:
+                    pad = rank - x.a[target].shape[1]
+                    stack_a.append(torch.nn.functional.pad(x.a[target], (0, 0, 0, pad)))
+                    stack_b.append(torch.nn.functional.pad(x.b[target], (0, pad)))
+                    stack_scale.append(x.scale[target])
+                else:
+                    stack_a.append(like.new_zeros(depth, rank, d_in))
+                    stack_b.append(like.new_zeros(depth, d_out, rank))
+                    stack_scale.append(like.new_zeros(depth))
+            a[target] = torch.stack(stack_a)
+            b[target] = torch.stack(stack_b)
+            scale[target] = torch.stack(stack_scale)
+        return LoRAStack(a, b, scale)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """One LoRA: y = x W^T + scale (x a^T) b^T on some products of some blocks, with its head.
+
+    Factors of all blocks are stacked and zero-padded to the largest rank; `ranks` keeps the real
+    ones (0: this block is not changed). Padding stays zero under training: its gradient is zero.
+    """
+
+    a: dict[str, Tensor]  # target -> (L, R, d_in)
+    b: dict[str, Tensor]  # target -> (L, d_out, R)
+    scale: dict[str, Tensor]  # target -> (L,), alpha / rank
+    ranks: dict[str, tuple[int, ...]]
+    head: Head | None = None
+    class_names: tuple[str, ...] | None = None
+    layout: str | None = None  # names of the model it came from: "hf_clip", "hf_vit", "timm", ...
+    base_model: str | None = None
+    name: str | None = None
+
+    @staticmethod
+    def init(
+        config: ViTConfig,
+        rank: int = 4,
+        alpha: float | None = None,
+        targets: Sequence[str] = ("q", "v"),
+        blocks: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> LoRA:
+        """A fresh LoRA: a Kaiming-uniform, b zero, so that it changes nothing yet.
+
+        Args:
+            config: of the backbone.
+            rank: of every factor pair.
+            alpha: scale is alpha / rank; None means alpha = rank, a scale of 1.
+            targets: of "q", "k", "v", "proj", "fc1", "fc2".
+            blocks: 0-based; None for all.
+            seed: of `a`.
+
+        Raises:
+            ValueError: unknown target or block, or a rank below 1.
+        """
+        unknown = [t for t in targets if t not in TARGETS]
+        if unknown or not targets:
+            raise ValueError(f"targets: expected some of {', '.join(TARGETS)}; got {targets}")
+        if rank < 1:
+            raise ValueError(f"rank: must be at least 1, got {rank}")
+        chosen = range(config.depth) if blocks is None else blocks
+        if any(not 0 <= i < config.depth for i in chosen):
+            raise ValueError(f"blocks: must be in [0, {config.depth - 1}], got {list(chosen)}")
+        generator = torch.Generator().manual_seed(seed)
+        sizes = target_sizes(config.width, config.mlp_dim)
+        a, b, scale, ranks = {}, {}, {}, {}
+        for target in (t for t in TARGETS if t in targets):
+            d_in, d_out = sizes[target]
+            bound = d_in**-0.5  # Kaiming-uniform with a = sqrt(5), nn.Linear's own, as PEFT has it
+            draw = torch.rand(config.depth, rank, d_in, generator=generator) * 2 * bound - bound
+            on = torch.tensor([float(i in chosen) for i in range(config.depth)])
+            a[target] = draw * on[:, None, None]
+            b[target] = torch.zeros(config.depth, d_out, rank)
+            scale[target] = on * ((rank if alpha is None else alpha) / rank)
+            ranks[target] = tuple(rank if i in chosen else 0 for i in range(config.depth))
+        return LoRA(a, b, scale, ranks)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the backbone it belongs to."""
+        return next(iter(self.scale.values())).shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(max(r) for r in self.ranks.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers, padding and head left out."""
+        return sum(
+            r * (self.a[t].shape[2] + self.b[t].shape[1]) for t in self.ranks for r in self.ranks[t]
+        )
+
+    def stack(self) -> LoRAStack:
+        """As a stack of one; its tensors are views, so gradients reach this LoRA's."""
+        one = lambda d: {t: x[None] for t, x in d.items()}  # noqa: E731
+        return LoRAStack(one(self.a), one(self.b), one(self.scale))
+
+    def tensors(self) -> list[Tensor]:
+        """The factors, a and b of each target in a fixed order: what a meta-LoRA trains."""
+        return [x for t in self.a for x in (self.a[t], self.b[t])]
+
+    def to(self, *args, **kwargs) -> LoRA:
+        """The LoRA (and its head) on another device or in another dtype."""
+        move = lambda d: {t: x.to(*args, **kwargs) for t, x in d.items()}  # noqa: E731
+        head = None if self.head is None else self.head.to(*args, **kwargs)
+        return replace(self, a=move(self.a), b=move(self.b), scale=move(self.scale), head=head)
+
+    def clone(self) -> LoRA:
+        """A detached copy that shares no memory."""
+        copy = lambda d: {t: x.detach().clone() for t, x in d.items()}  # noqa: E731
+        return replace(self, a=copy(self.a), b=copy(self.b), scale=copy(self.scale))
+
+    def delta(self, target: str) -> Tensor:
+        """The change of a weight matrix, scale b a: (L, d_out, d_in)."""
+        return self.scale[target][:, None, None] * (self.b[target] @ self.a[target])
+
+    def check(self, config: ViTConfig, who: str = "lora") -> None:
+        """Raise unless this LoRA, with its head, fits a backbone.
+
+        Raises:
+            ValueError: another width or depth, a head on other features or with another number of
+                classes than names, or numbers that are not finite.
+        """
+        who = self.name or who
+        if self.depth != config.depth:
+            raise ValueError(
+                f"{who}: made for {self.depth} blocks, the backbone has {config.depth}"
+            )
+        sizes = target_sizes(config.width, config.mlp_dim)
+        for target in self.a:
+            d_in, d_out = sizes[target]
+            got = (self.a[target].shape[2], self.b[target].shape[1])
+            if got != (d_in, d_out):
+                raise ValueError(
+                    f"{who}: the LoRA on {target} is for a {got[0]} -> {got[1]} product, the"
+                    f" backbone's (width {config.width}) is {d_in} -> {d_out}; it belongs to"
+                    " another model"
+                )
+            for factor in (self.a[target], self.b[target]):
+                if not torch.isfinite(factor).all():
+                    raise ValueError(f"{who}: weights on {target} hold NaN or infinity")
+        if self.head is not None:
+            if self.head.weight.shape[1] != config.features:
+                raise ValueError(
+                    f"{who}: the head expects {self.head.weight.shape[1]} features, the backbone"
+                    f" gives {config.features}"
+                )
+            if not torch.isfinite(self.head.weight).all():
+                raise ValueError(f"{who}: the head holds NaN or infinity")
+            if self.class_names is not None and len(self.class_names) != self.head.classes:
+                raise ValueError(
+                    f"{who}: the head has {self.head.classes} classes, but {len(self.class_names)}"
+                    " class names are given"
+                )
+
+    def save(self, path: str | Path, layout: str | None = None) -> None:
+        """Write a PEFT folder: adapter_config.json, adapter_model.safetensors, head.safetensors.
+
+        Args:
+            path: the folder.
+            layout: whose module names to use, "hf_clip", "hf_vit", "timm" or "open_clip"; None:
+                those it was loaded with, else "timm".
+        """
+        from fastrecycle.peft_format import write_peft
+
+        write_peft(self, Path(path), layout)
+
+    @staticmethod
+    def load(path: str | Path) -> LoRA:
+        """Read a PEFT folder, or "demo": the packaged meta-LoRA.
+
+        Raises:
+            FileNotFoundError: no such folder, or no adapter in it.
+            ValueError: damaged files, unknown targets, or a variant that is not plain LoRA.
+        """
+        from fastrecycle.peft_format import read_peft
+
+        if str(path) == "demo":
+            from fastrecycle.assets import asset
+
+            return replace(read_peft(asset("meta_lora")), name="demo")
+        return read_peft(Path(path))
+
+    @staticmethod
+    def average(loras: Sequence[LoRA]) -> LoRA:
+        """The LoRA whose change is the mean of the given ones' changes ("LoRAs Avg").
+
+        Ranks and targets may differ: factors are concatenated along the rank, which averages the
+        products scale b a exactly, where averaging a and b would not.
+
+        Raises:
+            ValueError: none are given, or they belong to different models.
+        """
+        stack = LoRAStack.of(loras)
+        a, b, scale, ranks = {}, {}, {}, {}
+        for target in stack.a:
+            count, depth, rank, d_in = stack.a[target].shape
+            scaled = stack.b[target] * stack.scale[target][..., None, None] / count
+            a[target] = stack.a[target].transpose(0, 1).reshape(depth, count * rank, d_in)
+            b[target] = scaled.permute(1, 2, 0, 3).reshape(depth, -1, count * rank)
+            scale[target] = torch.ones_like(stack.scale[target][0])
+            ranks[target] = (count * rank,) * depth
+        return LoRA(a, b, scale, ranks, layout=loras[0].layout, base_model=loras[0].base_model)
+
+
+class LoRABank(Sequence[LoRA]):
+    """LoRAs of one backbone: mixed ranks, alphas, targets and head sizes."""
+
+    def __init__(self, loras: Sequence[LoRA]):
+        if not loras:
+            raise ValueError("LoRABank: expected at least one LoRA, got none")
+        self._loras = tuple(loras)
+
+    def __getitem__(self, i):  # noqa: D105
+        return LoRABank(self._loras[i]) if isinstance(i, slice) else self._loras[i]
+
+    def __len__(self) -> int:
+        return len(self._loras)
+
+    def __iter__(self) -> Iterator[LoRA]:
+        return iter(self._loras)
+
+    def check(self, config: ViTConfig) -> None:
+        """Raise unless every LoRA fits the backbone (see `LoRA.check`)."""
+        for i, lora in enumerate(self):
+            lora.check(config, who=f"LoRA {i}")
+
+    def save(self, folder: str | Path, layout: str | None = None) -> None:
+        """Write one PEFT folder a LoRA, named as the LoRAs are, or 0000, 0001, ..."""
+        names = [x.name or f"{i:04d}" for i, x in enumerate(self)]
+        if len(set(names)) < len(names):
+            names = [f"{i:04d}" for i in range(len(self))]
+        for lora, name in zip(self, names, strict=True):
+            lora.save(Path(folder) / name, layout)
+
+    @staticmethod
+    def load(folder: str | Path) -> LoRABank:
+        """Read every PEFT folder below `folder`, in the order of their names; "demo": packaged.
+
+        Raises:
+            FileNotFoundError: no such folder, or no PEFT folder in it.
+            ValueError: one of them cannot be read (its name is in the message).
+        """
+        from fastrecycle.peft_format import read_peft
+
+        if str(folder) == "demo":
+            from fastrecycle.assets import demo_bank
+
+            return demo_bank()
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; a bank is a folder of PEFT folders")
+        found = sorted(p.parent for p in folder.glob("**/adapter_config.json"))
+        if not found:
+            raise FileNotFoundError(f"{folder}: no PEFT folder (adapter_config.json) in it")
+        loras = []
+        for path in found:
+            lora = read_peft(path)
+            loras.append(replace(lora, name=lora.name or path.relative_to(folder).as_posix()))
+        return LoRABank(loras)

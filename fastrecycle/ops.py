@@ -1,0 +1,220 @@
+"""The operations of LoRA Recycle: the equation of each, its checks, and the door to its code.
+
+B images, N tokens, D width, H heads, d head width, R rank, G LoRAs (or tasks) in one batch,
+C channels. Every function is differentiable and functional (nothing is written in place) and
+traces under `torch.compile(fullgraph=True)`.
+
+Backends are resolved once, when a stage is built (`resolve_backend`), logged and written to the
+run's manifest; an operation itself never falls back to another implementation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from fastrecycle_kernels import reference
+from fastrecycle_kernels.reference import LowRank
+from torch import Tensor
+
+Backend = Literal["auto", "compile", "reference"]
+"""reference: eager PyTorch. compile: the same step under `torch.compile`. auto: see below."""
+
+
+def resolve_backend(backend: Backend, device: torch.device) -> Literal["compile", "reference"]:
+    """"auto" is "compile" on CUDA, where it pays for its build time, and "reference" elsewhere.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend == "auto":
+        return "compile" if device.type == "cuda" else "reference"
+    if backend not in ("compile", "reference"):
+        raise ValueError(f'backend: expected "auto", "compile" or "reference", got {backend!r}')
+    return backend
+
+
+def _check_low_rank(name: str, x: Tensor, lora: LowRank, d_out: int, index: Tensor | None) -> None:
+    a, b, scale = lora
+    if a.ndim != 3 or a.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: a must have shape (G, R, {x.shape[-1]}), got {tuple(a.shape)}; this LoRA was"
+            " made for a model of another width"
+        )
+    if b.shape != (a.shape[0], d_out, a.shape[1]):
+        raise ValueError(
+            f"{name}: b must have shape {(a.shape[0], d_out, a.shape[1])}, got {tuple(b.shape)}"
+        )
+    if scale.shape != a.shape[:1]:
+        raise ValueError(f"{name}: scale must have shape {(a.shape[0],)}, got {tuple(scale.shape)}")
+    if index is None and a.shape[0] != 1:
+        raise ValueError(f"{name}: {a.shape[0]} LoRAs need lora_index, one per image; got none")
+    if index is not None and index.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: lora_index must have shape {(x.shape[0],)}, got {tuple(index.shape)}"
+        )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora: LowRank | None = None,
+    *,
+    lora_index: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scale (x a^T) b^T.
+
+    Args:
+        x: (B, N, D_in).
+        weight: (D_out, D_in), frozen or not; bias (D_out,) or None.
+        lora: a (G, R, D_in), b (G, D_out, R), scale (G,); None for the plain product.
+        lora_index: (B,) int64, the LoRA of each image; None when G = 1.
+
+    Returns:
+        (B, N, D_out).
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if lora is not None:
+        _check_low_rank("lora_linear", x, lora, weight.shape[0], lora_index)
+    return reference.lora_linear(x, weight, bias, lora, lora_index)
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora: dict[str, LowRank] | None = None,
+    *,
+    lora_index: Tensor | None = None,
+) -> Tensor:
+    """Queries, keys and values with a LoRA on any of them: y = x W^T + bias + scale (x a^T) b^T.
+
+    Args:
+        x: (B, N, D).
+        weight: (3 D, D), rows in the order q, k, v; bias (3 D,) or None.
+        lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}; ranks below R are
+            zero-padded.
+        lora_index: (B,) int64, the LoRA of each image; None when G = 1.
+
+    Returns:
+        (B, N, 3, D).
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    lora = lora or {}
+    if weight.shape != (3 * x.shape[-1], x.shape[-1]):
+        raise ValueError(
+            f"lora_qkv: weight must have shape {(3 * x.shape[-1], x.shape[-1])},"
+            f" got {tuple(weight.shape)}"
+        )
+    for target, factors in lora.items():
+        if target not in ("q", "k", "v"):
+            raise ValueError(f'lora_qkv: targets are "q", "k" and "v", got {target!r}')
+        _check_low_rank(f"lora_qkv[{target}]", x, factors, x.shape[-1], lora_index)
+    return reference.lora_qkv(x, weight, bias, lora, lora_index)
+
+
+def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
+    """Importance of each token: mean over heads of softmax(q_cls k^T / sqrt d). LoRA Recycle, Eq. 5.
+
+    Args:
+        q_cls: (B, H, d), the CLS token's queries.
+        k: (B, H, N, d), all keys.
+
+    Returns:
+        (B, N) float32; each row sums to 1. Use `.detach()`: pruning carries no gradient.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if q_cls.ndim != 3 or k.ndim != 4 or q_cls.shape != (*k.shape[:2], k.shape[3]):
+        raise ValueError(
+            "cls_scores: expected q_cls (B, H, d) and k (B, H, N, d),"
+            f" got {tuple(q_cls.shape)} and {tuple(k.shape)}"
+        )
+    return reference.cls_scores(q_cls, k)
+
+
+def token_gather(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens at `index`; the gradient reaches only those.
+
+    Args:
+        x: (B, N, D).
+        index: (B, k) int64 positions within each image, giving (B, k, D); or (T',) int64 positions
+            in the flattened (B N) tokens, giving a packed (T', D) batch for `varlen_attention`.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if x.ndim != 3 or index.ndim not in (1, 2) or (index.ndim == 2 and len(index) != len(x)):
+        raise ValueError(
+            "token_gather: expected x (B, N, D) and index (B, k) or (T',),"
+            f" got {tuple(x.shape)} and {tuple(index.shape)}"
+        )
+    return reference.token_gather(x, index)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt d) v within each image.
+
+    Args:
+        q, k, v: (B, H, N, d) for images of equal length; packed (T, H, d) with `cu_seqlens`.
+        cu_seqlens: (B + 1,) int32, starts of the images in the packed batch, ending with T.
+
+    Returns:
+        The shape of q.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    if cu_seqlens is None:
+        if q.ndim != 4:
+            raise ValueError(f"varlen_attention: expected q (B, H, N, d), got {tuple(q.shape)}")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    if q.ndim != 3:
+        raise ValueError(f"varlen_attention: expected packed q (T, H, d), got {tuple(q.shape)}")
+    return reference.varlen_attention(q, k, v, cu_seqlens)
+
+
+def bn_prior(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    segments: int = 1,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One BatchNorm of the prior network, in inference mode, and the moments of its input.
+
+    y = relu(weight (x - mean) / sqrt(var + eps) + bias + residual), with the mean and biased
+    variance of x over each task's images: the two terms of LoRA Recycle, Eq. 2.
+
+    Args:
+        x: (B, C, H, W); B / segments consecutive images belong to one task.
+        mean, var, weight, bias: (C,), as stored. A channel with var 0 passes on its bias.
+        eps: added to var.
+        segments: number of tasks in the batch.
+        relu: apply ReLU last.
+        residual: (B, C, H, W), added before the ReLU, or None.
+
+    Returns:
+        y (B, C, H, W) in x's dtype; mean and variance, each (segments, C) float32.
+
+    Raises:
+        ValueError: B is not a multiple of `segments`.
+    """
+    if segments < 1 or x.shape[0] % segments:
+        raise ValueError(
+            f"bn_prior: {x.shape[0]} images cannot be split into {segments} equal tasks"
+        )
+    return reference.bn_prior(x, mean, var, weight, bias, eps, segments, relu, residual)

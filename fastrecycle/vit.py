@@ -1,0 +1,477 @@
+"""One vision transformer for every backbone: adapter, pruning and kept patches are arguments.
+
+B images, S side, P patch side, n patches, N tokens, D width, H heads, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastrecycle import ops
+from fastrecycle.lora import LoRA, LoRAStack
+from fastrecycle.pruning import PruneSchedule, kept_count, patches_after_blocks, top_patches
+
+Triple = tuple[float, float, float]
+
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+HALF: Triple = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape and arithmetic of a vision transformer."""
+
+    image_size: int = 224  # pixels
+    patch_size: int = 16  # pixels
+    width: int = 768
+    depth: int = 12  # blocks
+    heads: int = 12
+    mlp_dim: int = 3072
+    out_dim: int | None = None  # width of a projection after the last norm; None: none
+    prefix_tokens: int = 1  # CLS, and DeiT's distillation token
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: float = 1e-6
+    pre_norm: bool = False  # CLIP's LayerNorm after the embedding
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    residual_scale: float = 1.0  # factor of each residual branch; LV-ViT's is 1/2
+    stem: Literal["patch", "lvvit"] = "patch"
+    mean: Triple = IMAGENET_MEAN  # of the pixels, range [0, 1]
+    std: Triple = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size: must be a multiple of patch_size {self.patch_size},"
+                f" got {self.image_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width: must be a multiple of heads {self.heads}, got {self.width}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image, n."""
+        return self.grid**2
+
+    @property
+    def features(self) -> int:
+        """Width of the feature that `ViT` returns."""
+        return self.out_dim or self.width
+
+
+_CLIP_B = ViTConfig(
+    out_dim=512, activation="quick_gelu", norm_eps=1e-5, pre_norm=True, patch_bias=False,
+    mean=CLIP_MEAN, std=CLIP_STD,
+)  # fmt: skip
+PRESETS: dict[str, ViTConfig] = {
+    "vit_b_16": _CLIP_B,
+    "vit_b_32": replace(_CLIP_B, patch_size=32),
+    "deit_b_16": ViTConfig(),
+    "deit_b_16_distilled": ViTConfig(prefix_tokens=2),
+    "lvvit_m": ViTConfig(
+        width=512, depth=20, heads=8, mlp_dim=1536, norm_eps=1e-5, qkv_bias=False,
+        residual_scale=0.5, stem="lvvit",
+    ),
+    "vit_ti_16": ViTConfig(width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF),
+    "demo": ViTConfig(
+        image_size=64, patch_size=8, width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF
+    ),
+}  # fmt: skip
+
+
+class ViTOutput(NamedTuple):
+    """What `ViT.encode` returns."""
+
+    features: Tensor  # (B, features)
+    kept: Tensor  # (B, k) int64, patches alive after the last block, ascending
+    cls_scores: Tensor | None  # (B, k') float32: last block's CLS attention on its patches
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    return x * torch.sigmoid(1.702 * x) if kind == "quick_gelu" else nn.functional.gelu(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; tokens are dropped between its two halves."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.heads, self.activation = config.heads, config.activation
+        self.residual_scale = config.residual_scale
+        d = config.width
+        self.norm1 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
+        self.proj = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.fc1 = nn.Linear(d, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, d)
+
+    def attend(
+        self, x: Tensor, lora: dict, lora_index: Tensor | None, with_scores: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x + attention(norm1(x)), and the CLS scores over all tokens (Eq. 5) if asked for."""
+        small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
+        qkv = ops.lora_qkv(
+            self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index
+        )
+        q, k, v = qkv.unflatten(-1, (self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        scores = ops.cls_scores(q[:, :, 0], k).detach() if with_scores else None
+        y = ops.varlen_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = ops.lora_linear(
+            y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index
+        )
+        return x + self.residual_scale * y, scores
+
+    def transform(self, x: Tensor, lora: dict, lora_index: Tensor | None) -> Tensor:
+        """x + MLP(norm2(x))."""
+        y = ops.lora_linear(
+            self.norm2(x), self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index
+        )
+        y = ops.lora_linear(
+            _activation(y, self.activation), self.fc2.weight, self.fc2.bias, lora.get("fc2"),
+            lora_index=lora_index,
+        )  # fmt: skip
+        return x + self.residual_scale * y
+
+
+def _lvvit_stem() -> nn.Sequential:
+    """LV-ViT's overlapping stem, 3 -> 64 channels at half resolution."""
+    layers: list[nn.Module] = []
+    for channels, kernel, stride in ((3, 7, 2), (64, 3, 1), (64, 3, 1)):
+        layers += [
+            nn.Conv2d(channels, 64, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers)
+
+
+class ViT(nn.Module):
+    """A frozen vision transformer under any LoRA: CLIP, DeiT, LV-ViT, timm's ViTs.
+
+    Nothing is patched or stored between calls: LoRA, pruning schedule and kept patches are
+    arguments. Parameters require no gradient unless the caller asks for it.
+
+    >>> vit = ViT.from_pretrained("demo")
+    >>> features = vit(vit.transform(image)[None])              # (1, features)
+    >>> features = vit(images, lora, prune={6: 0.75})           # drop 75 % of patches in block 6
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        d = config.width
+        stem_stride = 2 if config.stem == "lvvit" else 1
+        self.stem = _lvvit_stem() if config.stem == "lvvit" else None
+        kernel = config.patch_size // stem_stride
+        self.patch_embed = nn.Conv2d(
+            64 if self.stem is not None else 3, d, kernel, kernel, bias=config.patch_bias
+        )
+        self.prefix = nn.Parameter(torch.zeros(config.prefix_tokens, d))
+        self.pos_embed = nn.Parameter(torch.zeros(config.prefix_tokens + config.patches, d))
+        self.pre_norm = nn.LayerNorm(d, eps=config.norm_eps) if config.pre_norm else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.head_proj = nn.Linear(d, config.out_dim, bias=False) if config.out_dim else None
+        self.requires_grad_(False).eval()
+
+    # ------------------------------------------------------------------ construction
+
+    @staticmethod
+    def preset(name: str, seed: int = 0) -> ViT:
+        """Random weights at the shape of a known backbone: "vit_b_16", "vit_b_32", "deit_b_16",
+        "deit_b_16_distilled", "lvvit_m", "vit_ti_16" or "demo".
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+        return ViT.random(PRESETS[name], seed)
+
+    @staticmethod
+    def random(config: ViTConfig, seed: int = 0) -> ViT:
+        """Random weights (truncated normal, std .02) at any shape."""
+        vit = ViT(config)
+        generator = torch.Generator().manual_seed(seed)
+        for module in vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(vit.prefix, std=0.02, generator=generator)
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02, generator=generator)
+        return vit
+
+    @staticmethod
+    def from_state_dict(
+        state_dict: Mapping[str, Tensor], config: ViTConfig | Mapping[str, Any] | None = None
+    ) -> ViT:
+        """From the weights of OpenAI's or open_clip's CLIP, Hugging Face's CLIPVisionModel,
+        CLIPModel or ViT, timm's ViT or DeiT, or LV-ViT; the layout is detected from the names.
+
+        Args:
+            state_dict: tensors by name, in any float dtype; loaded as float32.
+            config: what names and shapes cannot tell ("activation", "mean", "std", "heads", ...),
+                as a dict of `ViTConfig` fields, or a whole `ViTConfig`.
+
+        Raises:
+            ValueError: unknown layout, missing or misshaped tensors, NaN, or something that must
+                be told through `config`.
+        """
+        from fastrecycle.weights import convert
+
+        full, ours = convert(dict(state_dict), config)
+        return ViT._load(full, ours)
+
+    @staticmethod
+    def from_pretrained(
+        source: str | Path, config: ViTConfig | Mapping[str, Any] | None = None
+    ) -> ViT:
+        """From "demo", a file or folder, "open_clip:MODEL/PRETRAINED", "timm:NAME" or "hf:REPO_ID".
+
+        Args:
+            source: as above; files are .safetensors, or .pt/.bin read with `weights_only=True`.
+            config: see `from_state_dict`; a `config.json` beside the weights is read.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: see `from_state_dict`; also damaged files.
+        """
+        from fastrecycle.weights import load_source
+
+        full, ours = load_source(source, config)
+        return ViT._load(full, ours)
+
+    @staticmethod
+    def _load(config: ViTConfig, tensors: Mapping[str, Tensor]) -> ViT:
+        vit = ViT(config)
+        vit.load_state_dict(tensors, strict=True)
+        return vit.requires_grad_(False).eval()
+
+    # ------------------------------------------------------------------ images
+
+    def transform(self, images: Image.Image | list[Image.Image]) -> Tensor:
+        """PIL images to normalised float32: shorter side to image_size (bicubic), centre crop.
+
+        Returns:
+            (3, S, S) for one image, (B, 3, S, S) for a list.
+
+        Raises:
+            TypeError: not a PIL image or a list of them.
+        """
+        if isinstance(images, Image.Image):
+            return self._transform_one(images)
+        if not isinstance(images, list | tuple) or not images:
+            raise TypeError(
+                f"transform: expected a PIL image or a list of them, got {type(images).__name__}"
+            )
+        return torch.stack([self.transform(image) for image in images])
+
+    def _transform_one(self, image: Image.Image) -> Tensor:
+        side = self.config.image_size
+        image = image.convert("RGB")
+        shorter = min(image.size)
+        width, height = (max(side, round(x * side / shorter)) for x in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return self.normalise(pixels)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(..., 3, S, S) in [0, 1] to the backbone's input space."""
+        mean, std = self._mean_std(pixels)
+        return (pixels - mean) / std
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The inverse of `normalise`: input space to [0, 1]."""
+        mean, std = self._mean_std(images)
+        return images * std + mean
+
+    def _mean_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        mean = torch.tensor(self.config.mean, dtype=dtype, device=like.device)[:, None, None]
+        std = torch.tensor(self.config.std, dtype=dtype, device=like.device)[:, None, None]
+        return mean, std
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        images: Tensor,
+        lora: LoRA | LoRAStack | None = None,
+        *,
+        lora_index: Tensor | None = None,
+        prune: PruneSchedule | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Features of a batch, (B, features); see `encode` for the arguments."""
+        return self._encode(images, lora, lora_index, prune, keep, with_scores=False).features
+
+    def encode(
+        self,
+        images: Tensor,
+        lora: LoRA | LoRAStack | None = None,
+        *,
+        lora_index: Tensor | None = None,
+        prune: PruneSchedule | None = None,
+        keep: Tensor | None = None,
+    ) -> ViTOutput:
+        """Features, surviving patches and the last block's CLS scores of a batch.
+
+        Args:
+            images: (B, 3, S, S), normalised.
+            lora: one LoRA for all images, or a `LoRAStack` with `lora_index`.
+            lora_index: (B,) int64: the LoRA of each image.
+            prune: {block: ratio}, 0-based: after that block's attention and its residual, before
+                its MLP, int(ratio * patches) of the current patches with the lowest head-averaged
+                CLS attention are dropped (Eq. 5). Survivors keep their own residual; prefix tokens
+                always stay; no gradient reaches what was dropped.
+            keep: (B, k) int64 patch indices: only these are embedded and fed forward (Sec. 4.3).
+
+        Raises:
+            ValueError: shapes, blocks, ratios or indices that do not fit.
+        """
+        return self._encode(images, lora, lora_index, prune, keep, with_scores=True)
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Token embeddings with positions: (B, 3, S, S) -> (B, prefix + patches or k, D).
+
+        With the plain patch stem only the kept patches are read and projected; LV-ViT's stem
+        overlaps, so there all are embedded and then gathered.
+        """
+        config, p = self.config, self.config.patch_size
+        if self.stem is None:
+            g = config.grid
+            patches = images.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, 3, g, P, g, P)
+            patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, n, 3 P P)
+            if keep is not None:
+                patches = ops.token_gather(patches, keep)
+            tokens = nn.functional.linear(
+                patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias
+            )
+        else:
+            tokens = self.patch_embed(self.stem(images)).flatten(2).transpose(1, 2)
+            if keep is not None:
+                tokens = ops.token_gather(tokens, keep)
+        prefix, positions = self.pos_embed.split((config.prefix_tokens, config.patches))
+        tokens = tokens + (positions if keep is None else positions[keep])
+        first = (self.prefix + prefix).to(tokens.dtype).expand(len(images), -1, -1)
+        x = torch.cat((first, tokens), dim=1)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def _check(self, images: Tensor, keep: Tensor | None) -> None:
+        side = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images: expected (B, 3, {side}, {side}), got {tuple(images.shape)}; "
+                "vit.transform(PIL images) makes such a batch"
+            )
+        if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
+            raise ValueError(
+                f"keep: expected patch indices ({len(images)}, k), got {tuple(keep.shape)}"
+            )
+
+    def _encode(
+        self,
+        images: Tensor,
+        lora: LoRA | LoRAStack | None,
+        lora_index: Tensor | None,
+        prune: PruneSchedule | None,
+        keep: Tensor | None,
+        with_scores: bool,
+    ) -> ViTOutput:
+        self._check(images, keep)
+        config = self.config
+        stack = lora.stack() if isinstance(lora, LoRA) else lora
+        patches = config.patches if keep is None else keep.shape[1]
+        counts = patches_after_blocks(patches, config.depth, prune)
+        if keep is None:
+            kept = torch.arange(patches, device=images.device).expand(len(images), -1)
+        else:
+            kept = keep
+        x = self.embed(images, keep)
+        scores = None
+        for i, block in enumerate(self.blocks):
+            adapter = stack.block(i) if stack is not None else {}
+            drops = counts[i] < patches
+            last = with_scores and i == config.depth - 1
+            x, scores = block.attend(x, adapter, lora_index, with_scores=drops or last)
+            if drops:
+                alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
+                always = torch.arange(config.prefix_tokens, device=x.device)
+                tokens = torch.cat(
+                    (always.expand(len(x), -1), alive + config.prefix_tokens), dim=1
+                )
+                x = ops.token_gather(x, tokens)
+                kept = kept.gather(1, alive)
+                patches = counts[i]
+            x = block.transform(x, adapter, lora_index)
+        features = self.norm(x[:, 0])
+        if self.head_proj is not None:
+            features = self.head_proj(features)
+        if with_scores and scores is not None:
+            scores = scores[:, config.prefix_tokens :]
+        return ViTOutput(features, kept, scores if with_scores else None)
+
+
+def flops(
+    vit: ViT | ViTConfig | str,
+    prune: PruneSchedule | None = None,
+    sparsity: float = 0.0,
+) -> float:
+    """Cost of a training step for one image in G, by the paper's definition.
+
+    Three times the multiply-adds of one forward pass: Linear layers and the patch convolution are
+    counted, Q K^T and A V are not; LayerNorm costs 4 per element. The patch embedding is counted
+    for all patches even where only the kept ones are computed, so the work really done is less.
+
+    Args:
+        vit: a model, its config, or a preset's name.
+        prune: pruning schedule, as in `ViT.encode`.
+        sparsity: share of patches masked before the first block.
+
+    Raises:
+        ValueError: an unknown preset, a schedule or a sparsity out of range.
+    """
+    if isinstance(vit, str):
+        if vit not in PRESETS:
+            raise ValueError(f"flops: expected one of {', '.join(PRESETS)}; got {vit!r}")
+        vit = PRESETS[vit]
+    config = vit.config if isinstance(vit, ViT) else vit
+    d, prefix = config.width, config.prefix_tokens
+    n = kept_count(config.patches, sparsity)
+    counts = patches_after_blocks(n, config.depth, prune)
+    if config.stem == "lvvit":
+        half = (config.image_size // 2) ** 2
+        total = half * (3 * 64 * 49 + 2 * 64 * 64 * 9) + config.patches * 64 * d * (
+            config.patch_size // 2
+        ) ** 2
+    else:
+        total = config.patches * 3 * config.patch_size**2 * d
+    if config.pre_norm:
+        total += 4 * (n + prefix) * d
+    for after in counts:
+        before, left = n + prefix, after + prefix
+        total += 4 * before * d * d + 4 * before * d
+        total += 2 * left * d * config.mlp_dim + 4 * left * d
+        n = after
+    total += 4 * d + (d * config.out_dim if config.out_dim else 0)
+    return 3 * total / 1e9

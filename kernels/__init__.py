@@ -1,0 +1,1 @@
+"""The operations behind `fastrecycle.ops`: an fp32 reference of each in plain PyTorch."""

@@ -1,0 +1,114 @@
+"""The oracle: every operation of `fastrecycle.ops` in readable, eager PyTorch.
+
+B images, N tokens, D width, H heads, d head width, R rank, G LoRAs (or tasks) in one batch,
+C channels. Everything that sums is computed in float32 at least; outputs have the input's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LowRank = tuple[Tensor, Tensor, Tensor]
+"""a (G, R, D_in), b (G, D_out, R), scale (G,): y += scale (x a^T) b^T."""
+
+
+def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
+    """scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out)."""
+    a, b, scale = lora
+    if index is None:  # one LoRA for all images
+        a, b, scale = a[0], b[0], scale[0]
+        return (x @ a.T) @ (b * scale).T
+    a, b, scale = a[index], b[index], scale[index]
+    return (x @ a.transpose(1, 2)) @ (b * scale[:, None, None]).transpose(1, 2)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None, index: Tensor | None
+) -> Tensor:
+    """x W^T + bias + scale (x a^T) b^T."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if lora is None else y + low_rank(x, lora, index)
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: dict[str, LowRank],
+    index: Tensor | None,
+) -> Tensor:
+    """The fused QKV projection with a LoRA on any of q, k, v. (B, N, D) -> (B, N, 3, D)."""
+    y = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (3, -1))
+    parts = list(y.unbind(-2))
+    for position, target in enumerate(("q", "k", "v")):
+        if target in lora:
+            parts[position] = parts[position] + low_rank(x, lora[target], index)
+    return torch.stack(parts, dim=-2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt d) v. Each (B, H, N, d)."""
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v.float()).to(v.dtype)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Attention within each sequence of a packed batch. q, k, v (T, H, d); cu_seqlens (B + 1,)."""
+    length = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), length, right=True)
+    same = sequence[:, None] == sequence[None, :]
+    scores = torch.einsum("thd,shd->hts", q.float(), k.float()) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~same, float("-inf"))
+    return torch.einsum("hts,shd->thd", scores.softmax(-1), v.float()).to(v.dtype)
+
+
+def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
+    """Head-averaged attention of the CLS token, LoRA Recycle, Eq. 5.
+
+    q_cls (B, H, d), k (B, H, N, d) -> (B, N) float32 (float64 for float64 input), rows sum to 1.
+    """
+    wide = torch.promote_types(q_cls.dtype, torch.float32)
+    scores = (k.to(wide) @ q_cls.to(wide)[..., None]).squeeze(-1) * q_cls.shape[-1] ** -0.5
+    return scores.softmax(-1).mean(1)
+
+
+def token_gather(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens at `index`: (B, N, D) and (B, k) -> (B, k, D); or flat (T',) -> packed (T', D)."""
+    if index.ndim == 1:
+        return x.reshape(-1, x.shape[-1])[index]
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def bn_prior(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    segments: int,
+    relu: bool,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inference BatchNorm (-add)(-ReLU), with the moments of its input for each task.
+
+    x (B, C, H, W), B a multiple of `segments`, consecutive images belong together. Returns y
+    (B, C, H, W) in x's dtype, and the tasks' mean and biased variance (segments, C) in float32.
+
+    A stored variance of 0 marks a channel that was constant over the training set: its output
+    there was `bias`, whatever the input. Dividing a synthetic image's deviation by sqrt(eps)
+    instead would amplify it some 300 times, so such a channel passes on `bias` alone.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    by_task = x.to(wide).unflatten(0, (segments, -1))  # (G, b, C, H, W)
+    mu = by_task.mean((1, 3, 4))
+    sigma2 = by_task.var((1, 3, 4), correction=0)
+    scale = torch.where(var > 0, weight * torch.rsqrt(var + eps), torch.zeros_like(var)).to(wide)
+    shift = bias.to(wide) - mean.to(wide) * scale
+    y = x.to(wide) * scale[:, None, None] + shift[:, None, None]
+    if residual is not None:
+        y = y + residual.to(wide)
+    if relu:
+        y = y.relu()
+    return y.to(x.dtype), mu, sigma2

@@ -1,0 +1,5 @@
+"""All settings are in pyproject.toml; this file is for tools that still ask for it."""
+
+from setuptools import setup
+
+setup()
