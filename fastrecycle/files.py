@@ -26,6 +26,7 @@ def atomic_open(path: str | Path) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
+
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +64,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         FileNotFoundError: it is absent.
         ValueError: it is not JSON.
+
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -85,6 +87,7 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         FileNotFoundError: it is absent.
         ValueError: it is truncated or not a safetensors file.
+
     """
     path = Path(path)
     if not path.is_file():
@@ -106,6 +109,7 @@ def load_torch(path: str | Path) -> Any:
     Raises:
         FileNotFoundError: it is absent.
         ValueError: it is damaged, or holds pickled objects other than tensors and plain containers.
+
     """
     path = Path(path)
     if not path.is_file():

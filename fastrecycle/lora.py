@@ -78,6 +78,7 @@ class LoRAStack:
 
         Raises:
             ValueError: none are given, or they belong to models of different sizes.
+
         """
         if not loras:
             raise ValueError("LoRAStack.of: expected at least one LoRA, got none")
@@ -151,6 +152,7 @@ class LoRA:
 
         Raises:
             ValueError: unknown target or block, or a rank below 1.
+
         """
         unknown = [t for t in targets if t not in TARGETS]
         if unknown or not targets:
@@ -221,6 +223,7 @@ class LoRA:
         Raises:
             ValueError: another width or depth, a head on other features or with another number of
                 classes than names, or numbers that are not finite.
+
         """
         who = self.name or who
         if self.depth != config.depth:
@@ -261,6 +264,7 @@ class LoRA:
             path: the folder.
             layout: whose module names to use, "hf_clip", "hf_vit", "timm" or "open_clip"; None:
                 those it was loaded with, else "timm".
+
         """
         from fastrecycle.peft_format import write_peft
 
@@ -273,6 +277,7 @@ class LoRA:
         Raises:
             FileNotFoundError: no such folder, or no adapter in it.
             ValueError: damaged files, unknown targets, or a variant that is not plain LoRA.
+
         """
         from fastrecycle.peft_format import read_peft
 
@@ -291,6 +296,7 @@ class LoRA:
 
         Raises:
             ValueError: none are given, or they belong to different models.
+
         """
         stack = LoRAStack.of(loras)
         a, b, scale, ranks = {}, {}, {}, {}
@@ -312,7 +318,7 @@ class LoRABank(Sequence[LoRA]):
             raise ValueError("LoRABank: expected at least one LoRA, got none")
         self._loras = tuple(loras)
 
-    def __getitem__(self, i):  # noqa: D105
+    def __getitem__(self, i):
         return LoRABank(self._loras[i]) if isinstance(i, slice) else self._loras[i]
 
     def __len__(self) -> int:
@@ -341,6 +347,7 @@ class LoRABank(Sequence[LoRA]):
         Raises:
             FileNotFoundError: no such folder, or no PEFT folder in it.
             ValueError: one of them cannot be read (its name is in the message).
+
         """
         from fastrecycle.peft_format import read_peft
 

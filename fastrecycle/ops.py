@@ -22,10 +22,11 @@ Backend = Literal["auto", "compile", "reference"]
 
 
 def resolve_backend(backend: Backend, device: torch.device) -> Literal["compile", "reference"]:
-    """"auto" is "compile" on CUDA, where it pays for its build time, and "reference" elsewhere.
+    """ "auto" is "compile" on CUDA, where it pays for its build time, and "reference" elsewhere.
 
     Raises:
         ValueError: no such backend.
+
     """
     if backend == "auto":
         return "compile" if device.type == "cuda" else "reference"
@@ -63,7 +64,7 @@ def lora_linear(
     *,
     lora_index: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale (x a^T) b^T.
+    """Y = x W^T + bias + scale (x a^T) b^T.
 
     Args:
         x: (B, N, D_in).
@@ -76,6 +77,7 @@ def lora_linear(
 
     Raises:
         ValueError: shapes disagree.
+
     """
     if lora is not None:
         _check_low_rank("lora_linear", x, lora, weight.shape[0], lora_index)
@@ -104,6 +106,7 @@ def lora_qkv(
 
     Raises:
         ValueError: shapes disagree.
+
     """
     lora = lora or {}
     if weight.shape != (3 * x.shape[-1], x.shape[-1]):
@@ -130,6 +133,7 @@ def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes disagree.
+
     """
     if q_cls.ndim != 3 or k.ndim != 4 or q_cls.shape != (*k.shape[:2], k.shape[3]):
         raise ValueError(
@@ -149,6 +153,7 @@ def token_gather(x: Tensor, index: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes disagree.
+
     """
     if x.ndim != 3 or index.ndim not in (1, 2) or (index.ndim == 2 and len(index) != len(x)):
         raise ValueError(
@@ -172,6 +177,7 @@ def varlen_attention(
 
     Raises:
         ValueError: shapes disagree.
+
     """
     if cu_seqlens is None:
         if q.ndim != 4:
@@ -212,6 +218,7 @@ def bn_prior(
 
     Raises:
         ValueError: B is not a multiple of `segments`.
+
     """
     if segments < 1 or x.shape[0] % segments:
         raise ValueError(

@@ -16,6 +16,7 @@ def patches_after_blocks(patches: int, depth: int, prune: PruneSchedule | None) 
 
     Raises:
         ValueError: a block or a ratio is out of range.
+
     """
     schedule = dict(prune or {})
     for block, ratio in schedule.items():
@@ -45,6 +46,7 @@ def top_patches(scores: Tensor, count: int) -> Tensor:
 
     Raises:
         ValueError: `count` is out of range.
+
     """
     if not 1 <= count <= scores.shape[1]:
         raise ValueError(f"top_patches: count must be in [1, {scores.shape[1]}], got {count}")
@@ -57,6 +59,7 @@ def kept_count(patches: int, sparsity: float) -> int:
 
     Raises:
         ValueError: `sparsity` is not in [0, 1).
+
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: must be in [0, 1), got {sparsity}")
@@ -69,6 +72,7 @@ def masked_images(images: Tensor, kept: Tensor, patch_size: int, fill: float = 0
     Args:
         images: (B, C, S, S).
         kept: (B, k) patch indices, row-major.
+
     """
     grid = images.shape[-1] // patch_size
     mask = torch.zeros(len(images), grid * grid, dtype=torch.bool, device=images.device)

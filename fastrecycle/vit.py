@@ -125,7 +125,7 @@ class Block(nn.Module):
     def attend(
         self, x: Tensor, lora: dict, lora_index: Tensor | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """x + attention(norm1(x)), and the CLS scores over all tokens (Eq. 5) if asked for."""
+        """X + attention(norm1(x)), and the CLS scores over all tokens (Eq. 5) if asked for."""
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
         qkv = ops.lora_qkv(
             self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index
@@ -139,7 +139,7 @@ class Block(nn.Module):
         return x + self.residual_scale * y, scores
 
     def transform(self, x: Tensor, lora: dict, lora_index: Tensor | None) -> Tensor:
-        """x + MLP(norm2(x))."""
+        """X + MLP(norm2(x))."""
         y = ops.lora_linear(
             self.norm2(x), self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index
         )
@@ -200,6 +200,7 @@ class ViT(nn.Module):
 
         Raises:
             ValueError: no such preset.
+
         """
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
@@ -234,6 +235,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: unknown layout, missing or misshaped tensors, NaN, or something that must
                 be told through `config`.
+
         """
         from fastrecycle.weights import convert
 
@@ -253,6 +255,7 @@ class ViT(nn.Module):
         Raises:
             FileNotFoundError: no such file.
             ValueError: see `from_state_dict`; also damaged files.
+
         """
         from fastrecycle.weights import load_source
 
@@ -275,6 +278,7 @@ class ViT(nn.Module):
 
         Raises:
             TypeError: not a PIL image or a list of them.
+
         """
         if isinstance(images, Image.Image):
             return self._transform_one(images)
@@ -348,6 +352,7 @@ class ViT(nn.Module):
 
         Raises:
             ValueError: shapes, blocks, ratios or indices that do not fit.
+
         """
         return self._encode(images, lora, lora_index, prune, keep, with_scores=True)
 
@@ -417,9 +422,7 @@ class ViT(nn.Module):
             if drops:
                 alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
                 always = torch.arange(config.prefix_tokens, device=x.device)
-                tokens = torch.cat(
-                    (always.expand(len(x), -1), alive + config.prefix_tokens), dim=1
-                )
+                tokens = torch.cat((always.expand(len(x), -1), alive + config.prefix_tokens), dim=1)
                 x = ops.token_gather(x, tokens)
                 kept = kept.gather(1, alive)
                 patches = counts[i]
@@ -450,6 +453,7 @@ def flops(
 
     Raises:
         ValueError: an unknown preset, a schedule or a sparsity out of range.
+
     """
     if isinstance(vit, str):
         if vit not in PRESETS:
@@ -461,9 +465,10 @@ def flops(
     counts = patches_after_blocks(n, config.depth, prune)
     if config.stem == "lvvit":
         half = (config.image_size // 2) ** 2
-        total = half * (3 * 64 * 49 + 2 * 64 * 64 * 9) + config.patches * 64 * d * (
-            config.patch_size // 2
-        ) ** 2
+        total = (
+            half * (3 * 64 * 49 + 2 * 64 * 64 * 9)
+            + config.patches * 64 * d * (config.patch_size // 2) ** 2
+        )
     else:
         total = config.patches * 3 * config.patch_size**2 * d
     if config.pre_norm:

@@ -14,7 +14,7 @@ LowRank = tuple[Tensor, Tensor, Tensor]
 
 
 def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
-    """scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out)."""
+    """Scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out)."""
     a, b, scale = lora
     if index is None:  # one LoRA for all images
         a, b, scale = a[0], b[0], scale[0]
@@ -26,7 +26,7 @@ def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None, index: Tensor | None
 ) -> Tensor:
-    """x W^T + bias + scale (x a^T) b^T."""
+    """X W^T + bias + scale (x a^T) b^T."""
     y = torch.nn.functional.linear(x, weight, bias)
     return y if lora is None else y + low_rank(x, lora, index)
 

@@ -10,6 +10,7 @@ def asset(name: str) -> Path:
 
     Raises:
         FileNotFoundError: this installation lacks it.
+
     """
     path = Path(__file__).parent / name
     if not path.exists():
