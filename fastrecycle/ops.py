@@ -122,7 +122,7 @@ def lora_qkv(
 
 
 def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
-    """Importance of each token: mean over heads of softmax(q_cls k^T / sqrt d). LoRA Recycle, Eq. 5.
+    """Importance of each token: head mean of softmax(q_cls k^T / sqrt d). LoRA Recycle, Eq. 5.
 
     Args:
         q_cls: (B, H, d), the CLS token's queries.
@@ -164,13 +164,19 @@ def token_gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt d) v within each image.
 
     Args:
         q, k, v: (B, H, N, d) for images of equal length; packed (T, H, d) with `cu_seqlens`.
         cu_seqlens: (B + 1,) int32, starts of the images in the packed batch, ending with T.
+        longest: tokens of the longest image, or more; needed with `cu_seqlens` on CUDA.
 
     Returns:
         The shape of q.
@@ -185,6 +191,10 @@ def varlen_attention(
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
     if q.ndim != 3:
         raise ValueError(f"varlen_attention: expected packed q (T, H, d), got {tuple(q.shape)}")
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and longest is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
     return reference.varlen_attention(q, k, v, cu_seqlens)
 
 

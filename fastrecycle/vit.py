@@ -103,6 +103,35 @@ class ViTOutput(NamedTuple):
     cls_scores: Tensor | None  # (B, k') float32: last block's CLS attention on its patches
 
 
+@dataclass(frozen=True)
+class RaggedKeep:
+    """Kept patches whose number differs from image to image, for a packed forward pass.
+
+    Attributes:
+        patches: (sum of k,) int64 patch indices, image after image, ascending within each.
+        image: (sum of k,) int64, the image of each.
+        cu_seqlens: (B + 1,) int32, starts of the images among tokens without prefix.
+        longest: the largest k possible; fixed, so that shapes stay static.
+
+    """
+
+    patches: Tensor
+    image: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+    @staticmethod
+    def of_orders(order: Tensor, counts: Tensor) -> RaggedKeep:
+        """The first counts[i] patches of each row of `order`, (B, K) int64, best first."""
+        width = order.shape[1]
+        chosen = torch.arange(width, device=order.device) < counts[:, None]
+        # what is not chosen sorts behind every patch index, and is then cut off
+        ascending = torch.where(chosen, order, order.max() + 1).sort(dim=1).values
+        images = torch.arange(len(order), device=order.device)[:, None].expand(-1, width)
+        cu_seqlens = nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return RaggedKeep(ascending[chosen], images[chosen], cu_seqlens, width)
+
+
 def _activation(x: Tensor, kind: str) -> Tensor:
     return x * torch.sigmoid(1.702 * x) if kind == "quick_gelu" else nn.functional.gelu(x)
 
@@ -130,9 +159,16 @@ class Block(nn.Module):
         qkv = ops.lora_qkv(
             self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index
         )
-        q, k, v = qkv.unflatten(-1, (self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        scores = ops.cls_scores(q[:, :, 0], k).detach() if with_scores else None
-        y = ops.varlen_attention(q, k, v).transpose(1, 2).flatten(2)
+        qkv = qkv.unflatten(-1, (self.heads, -1))
+        scores = None
+        if packing is not None:
+            q, k, v = qkv[0].unbind(1)  # (T, H, d) each
+            y = ops.varlen_attention(q, k, v, cu_seqlens=packing[0], longest=packing[1])
+            y = y.flatten(1)[None]
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+            scores = ops.cls_scores(q[:, :, 0], k).detach() if with_scores else None
+            y = ops.varlen_attention(q, k, v).transpose(1, 2).flatten(2)
         y = ops.lora_linear(
             y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index
         )
@@ -324,9 +360,14 @@ class ViT(nn.Module):
         *,
         lora_index: Tensor | None = None,
         prune: PruneSchedule | None = None,
-        keep: Tensor | None = None,
+        keep: Tensor | RaggedKeep | None = None,
     ) -> Tensor:
-        """Features of a batch, (B, features); see `encode` for the arguments."""
+        """Features of a batch, (B, features); see `encode` for the arguments.
+
+        Here `keep` may also be a `RaggedKeep`: images of different token counts, packed.
+        """
+        if isinstance(keep, RaggedKeep):
+            return self._packed(images, lora, lora_index, prune, keep)
         return self._encode(images, lora, lora_index, prune, keep, with_scores=False).features
 
     def encode(
@@ -381,6 +422,49 @@ class ViT(nn.Module):
         first = (self.prefix + prefix).to(tokens.dtype).expand(len(images), -1, -1)
         x = torch.cat((first, tokens), dim=1)
         return x if self.pre_norm is None else self.pre_norm(x)
+
+    def _packed(
+        self,
+        images: Tensor,
+        lora: LoRA | LoRAStack | None,
+        lora_index: Tensor | None,
+        prune: PruneSchedule | None,
+        keep: RaggedKeep,
+    ) -> Tensor:
+        """`forward` over images with different numbers of kept patches, without padding."""
+        self._check(images, None)
+        if prune or lora_index is not None or self.stem is not None:
+            raise ValueError(
+                "keep: ragged patches go with one LoRA, no pruning schedule and a plain patch stem"
+            )
+        config, p, g = self.config, self.config.patch_size, self.config.grid
+        stack = lora.stack() if isinstance(lora, LoRA) else lora
+        patches = images.unflatten(3, (g, p)).unflatten(2, (g, p)).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.flatten(3).flatten(1, 2)  # (B, n, 3 P P)
+        tokens = nn.functional.linear(
+            ops.token_gather(patches, keep.image * config.patches + keep.patches),
+            self.patch_embed.weight.flatten(1),
+            self.patch_embed.bias,
+        )
+        prefix, positions = self.pos_embed.split((config.prefix_tokens, config.patches))
+        tokens = tokens + positions[keep.patches]
+        first = (self.prefix + prefix).to(tokens.dtype).repeat(len(images), 1)
+        # image after image, each with its prefix tokens first
+        image = torch.arange(len(images), device=images.device)
+        owner = torch.cat((image.repeat_interleave(config.prefix_tokens), keep.image))
+        x = torch.cat((first, tokens))[owner.argsort(stable=True)][None]
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        starts = keep.cu_seqlens + config.prefix_tokens * torch.arange(
+            len(images) + 1, device=images.device, dtype=torch.int32
+        )
+        packing = (starts, keep.longest + config.prefix_tokens)
+        for i, block in enumerate(self.blocks):
+            adapter = stack.block(i) if stack is not None else {}
+            x, _ = block.attend(x, adapter, None, with_scores=False, packing=packing)
+            x = block.transform(x, adapter, None)
+        features = self.norm(x[0, starts[:-1].long()])
+        return features if self.head_proj is None else self.head_proj(features)
 
     def _check(self, images: Tensor, keep: Tensor | None) -> None:
         side = self.config.image_size

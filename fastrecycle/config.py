@@ -1,0 +1,240 @@
+"""Settings of each stage as frozen dataclasses; the command line is generated from them.
+
+The comment above a field is its help text. Defaults follow the paper where it says something and
+`docs/method.md` where it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class PretuneConfig:
+    """A bank of LoRAs with heads from labelled data, each on its own few-way task."""
+
+    # LoRAs to train.
+    num: int = 100
+    # Classes of each task.
+    ways: int = 5
+    # Rank of each LoRA; several are dealt out in turn, so "4 8" makes half of each (Table 9).
+    rank: tuple[int, ...] = (4,)
+    # LoRA alpha; unset means alpha = rank, a scale of 1.
+    alpha: float | None = None
+    # Products with a LoRA: q, k, v, proj, fc1, fc2.
+    targets: tuple[str, ...] = ("q", "v")
+    # Adam steps.
+    steps: int = 80
+    # Images a step and LoRA.
+    batch_size: int = 50
+    # Adam's learning rate.
+    lr: float = 1e-3
+    # Probability of a horizontal flip.
+    flip: float = 0.5
+    # LoRAs trained side by side in one batch.
+    group: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps", "batch_size", "group"):
+            _require(getattr(self, name) >= 1, f"{name}: must be >= 1, got {getattr(self, name)}")
+        _require(self.ways >= 2, f"ways: must be at least 2, got {self.ways}")
+        _require(len(self.rank) > 0, "rank: expected at least one, got none")
+        _require(min(self.rank) >= 1, f"rank: must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """LoRA Inversion: images from LoRAs (Eq. 1, 2 and the pruning of Sec. 4.3)."""
+
+    # Images synthesised for each class of each LoRA; a 5-way 1-shot task with 15 queries uses 16.
+    images_per_class: int = 20
+    # Optimiser steps on the pixels.
+    iterations: int = 2000
+    # Adam's learning rate on the pixels.
+    lr: float = 0.25
+    # Adam's betas.
+    betas: tuple[float, float] = (0.5, 0.99)
+    # Learning rate over the iterations: constant (the paper) or a cosine down to zero.
+    schedule: Literal["constant", "cosine"] = "constant"
+    # Weight of the naturalness prior R_BN (Eq. 1).
+    alpha: float = 0.01
+    # Extra factor on the first BatchNorm's term of R_BN.
+    first_bn: float = 1.0
+    # Weight of the cross-entropy; 0 leaves images of R_BN alone (a control).
+    ce: float = 1.0
+    # Weight of total variation.
+    tv: float = 0.0
+    # Weight of the mean squared pixel.
+    l2: float = 0.0
+    # Token pruning {block (0-based): share dropped}, for instance {6: 0.75}.
+    prune: dict[int, float] = field(default_factory=dict)
+    # Share of the iterations before pruning starts.
+    prune_from: float = 0.25
+    # Each iteration rolls a task's images by up to this share of the side.
+    jitter: float = 0.125
+    # Each iteration flips a task's images with this probability.
+    flip: float = 0.5
+    # LoRAs (of equally many classes) inverted together in one batch; results do not depend on it.
+    group: int = 4
+    # Iterations between checkpoints of the group under way.
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_class", "iterations", "group", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"{name}: must be >= 1, got {getattr(self, name)}")
+        _require(self.lr > 0, f"lr: must be positive, got {self.lr}")
+        for name in ("prune_from", "flip"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name}: must be in [0, 1], got {value}")
+        _require(0 <= self.jitter <= 0.5, f"jitter: must be in [0, 0.5], got {self.jitter}")
+        for name in ("alpha", "first_bn", "ce", "tv", "l2"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}: must not be negative, got {value}")
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Meta-training of the meta-LoRA on synthetic tasks (Eq. 3, 4)."""
+
+    # Optimiser steps.
+    steps: int = 2000
+    # Classes of each task.
+    ways: int = 5
+    # Support images a class.
+    shots: int = 1
+    # Query images a class.
+    queries: int = 15
+    # Tasks in one step; their losses are averaged.
+    tasks: int = 1
+    # Probability that a task mixes classes of several LoRAs (cross-task interpolation, Eq. 4).
+    interpolation: float = 0.5
+    # Rank of the meta-LoRA.
+    rank: int = 4
+    # Its alpha; unset means alpha = rank, a scale of 1.
+    alpha: float | None = None
+    # Products with a LoRA: q, k, v, proj, fc1, fc2.
+    targets: tuple[str, ...] = ("q", "v")
+    # What learns (Table 8): all LoRA layers, the first or last N ("first:6"), or the "backbone".
+    learn: str = "all"
+    # Peak learning rate of Adam.
+    lr: float = 3e-4
+    # Schedule: the paper's cycles (25 steps up from 1 % of lr, 75 down a cosine), one cosine, none.
+    schedule: Literal["cyclic", "cosine", "constant"] = "cyclic"
+    # Distance of a query to a prototype (Eq. 3b); "squared" is the square of "euclidean".
+    distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
+    # Direction of the KL to the teacher (Eq. 3a).
+    kl: Literal["teacher_student", "student_teacher"] = "teacher_student"
+    # Temperature of the teacher's and the student's distribution in the KL.
+    temperature: float = 1.0
+    # Probability of a horizontal flip, for a task's images together.
+    flip: float = 0.5
+    # Resolution augmentation: each step, images shrink to a side drawn between these shares of the
+    # image size and grow back, so that the meta-LoRA cannot learn the texture of synthetic images.
+    # "0 0" turns it off.
+    resolution: tuple[float, float] = (24 / 224, 96 / 224)
+    # Share of patches masked (Sec. 4.3), from the least important on.
+    sparsity: float = 0.0
+    # How that share is spent: the same on every image, or drawn for each image around that mean,
+    # so that features cannot come to depend on the number of patches.
+    sparsity_per: Literal["batch", "image"] = "image"
+    # Exponential moving average over the meta-LoRA's steps; 0 returns the last step's.
+    ema: float = 0.0
+    # Steps between checkpoints.
+    checkpoint_every: int = 200
+    # Steps between validations, where a validation data set is given.
+    validate_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "shots", "queries", "tasks", "rank", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"{name}: must be >= 1, got {getattr(self, name)}")
+        _require(self.ways >= 2, f"ways: must be at least 2, got {self.ways}")
+        _require(self.lr > 0, f"lr: must be positive, got {self.lr}")
+        _require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
+        for name in ("interpolation", "flip"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name}: must be in [0, 1], got {value}")
+        for name in ("sparsity", "ema"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+        low, high = self.resolution
+        _require(
+            (low == high == 0) or 0 < low <= high <= 1,
+            f"resolution: expected 0 < low <= high <= 1, or 0 0 for none, got {self.resolution}",
+        )
+        self.learned_blocks(12)
+
+    def learned_blocks(self, depth: int) -> tuple[int, ...]:
+        """Blocks whose LoRA learns; none where the backbone itself learns.
+
+        Raises:
+            ValueError: `learn` is not "all", "backbone", "first:N" or "last:N".
+
+        """
+        if self.learn == "all":
+            return tuple(range(depth))
+        if self.learn == "backbone":
+            return ()
+        side, _, count = self.learn.partition(":")
+        if side not in ("first", "last") or not count.isdigit() or int(count) < 1:
+            raise ValueError(
+                f'learn: expected "all", "backbone", "first:N" or "last:N", got {self.learn!r}'
+            )
+        chosen = min(int(count), depth)
+        return tuple(range(chosen)) if side == "first" else tuple(range(depth - chosen, depth))
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (0-based).
+
+        The paper's schedule cycles every 100 steps: up a line from lr / 100 to lr over 25 steps,
+        then down a cosine over 75.
+        """
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "cosine":
+            warm = min(25, max(1, self.steps // 10))
+            if step < warm:
+                return self.lr * (step + 1) / warm
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+        low, phase = self.lr / 100, step % 100
+        if phase < 25:
+            return low + (self.lr - low) * phase / 25
+        return low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * (phase - 25) / 75))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Fine-tuning-free evaluation on few-shot tasks."""
+
+    # Classes of each task.
+    ways: int = 5
+    # Support images a class.
+    shots: int = 1
+    # Query images a class.
+    queries: int = 15
+    # Number of tasks.
+    tasks: int = 600
+    # Split of the data set.
+    split: str = "test"
+    # Seed of the task list.
+    seed: int = 0
+
+
+PAPER_INVERSION = InversionConfig(images_per_class=20, iterations=2000, prune={11: 0.75})
+PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0.0, 0.0), sparsity_per="batch")
+PRESETS: dict[str, tuple[InversionConfig, MetaConfig]] = {
+    "default": (InversionConfig(), MetaConfig()),
+    "paper": (PAPER_INVERSION, PAPER_META),
+    "quick": (
+        InversionConfig(images_per_class=10, iterations=300),
+        MetaConfig(steps=1000, queries=9),
+    ),
+}

@@ -1,0 +1,398 @@
+"""LoRA Inversion: images from LoRAs by gradient descent on pixels (LoRA Recycle, Sec. 4.1, 4.3).
+
+G tasks in one batch, m images of each, C classes, S side.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastrecycle.config import InversionConfig
+from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.lora import LoRA, LoRAStack
+from fastrecycle.pool import TaskImages, task_file
+from fastrecycle.pruning import patches_after_blocks
+from fastrecycle.vit import ViT
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 products with fp32 parameters, norms, softmax and losses; nothing for "fp32"."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def task_generator(seed: int, task: int) -> torch.Generator:
+    """Random numbers of one task, whatever else is computed beside it."""
+    # A 64-bit mix (SplitMix64) keeps the streams of neighbouring seeds and tasks apart.
+    x = (seed * 0x9E3779B97F4A7C15 + task * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    return torch.Generator().manual_seed((x ^ (x >> 31)) % 2**63)
+
+
+def data_loss(
+    vit: ViT,
+    prior: nn.Module | None,
+    images: Tensor,
+    stack: LoRAStack,
+    heads: Tensor,
+    biases: Tensor,
+    labels: Tensor,
+    config: InversionConfig,
+    pruned: bool,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
+
+    Args:
+        vit: the frozen backbone.
+        prior: see `fastrecycle.prior`; None drops R_BN.
+        images: (G, m, 3, S, S), in the backbone's input space.
+        stack: G LoRAs.
+        heads: (G, C, features), biases (G, C).
+        labels: (m,) int64, the same for each task.
+        config: weights of the terms, pruning schedule.
+        pruned: whether the schedule is in force yet.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
+        alone, so the gradient of the sum is each task's gradient.
+
+    """
+    tasks, per_task = images.shape[:2]
+    flat = images.flatten(0, 1)
+    index = None
+    if tasks > 1:
+        index = torch.arange(tasks, device=images.device).repeat_interleave(per_task)
+    with autocast(images.device, precision):
+        features = vit(flat, stack, lora_index=index, prune=config.prune if pruned else None)
+    # The head is tiny and its logits feed the loss: full precision.
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
+    target = labels.expand(tasks, -1)
+    ce = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+    loss = config.ce * ce
+    r_bn = torch.zeros_like(ce)
+    if prior is not None and config.alpha > 0:
+        with autocast(images.device, precision):
+            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn)
+        loss = loss + config.alpha * r_bn
+    if config.tv > 0:
+        rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3, 4))
+        columns = (images[..., 1:] - images[..., :-1]).abs().mean((1, 2, 3, 4))
+        loss = loss + config.tv * (rows + columns)
+    if config.l2 > 0:
+        loss = loss + config.l2 * images.square().mean((1, 2, 3, 4))
+    return loss, ce, r_bn
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """A roll and a flip of each task's images, drawn for every iteration in advance."""
+
+    shift: Tensor  # (iterations, G, 2) int64, rows and columns
+    flip: Tensor  # (iterations, G) bool
+
+    @staticmethod
+    def draw(generators: Sequence[torch.Generator], config: InversionConfig, side: int) -> Jitter:
+        """From each task's own generator."""
+        reach = int(config.jitter * side)
+        shape = (config.iterations,)
+        shifts = [torch.randint(-reach, reach + 1, (*shape, 2), generator=g) for g in generators]
+        flips = [torch.rand(shape, generator=g) < config.flip for g in generators]
+        return Jitter(torch.stack(shifts, 1), torch.stack(flips, 1))
+
+    def index(self, iteration: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Source rows and columns of each output pixel, (G, S) each."""
+        line = torch.arange(side)
+        shift, flip = self.shift[iteration], self.flip[iteration]
+        rows = (line - shift[:, :1]) % side
+        columns = (line - shift[:, 1:]) % side
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        return rows.to(device), columns.to(device)
+
+
+def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """images[g, :, :, rows[g], columns[g]]: (G, m, 3, S, S), (G, S), (G, S) -> the same shape."""
+    tasks, side = rows.shape
+    rows = rows.view(tasks, 1, 1, side, 1).expand(images.shape)
+    images = images.gather(3, rows)
+    return images.gather(4, columns.view(tasks, 1, 1, 1, side).expand(images.shape))
+
+
+def inverse(index: Tensor) -> Tensor:
+    """The inverse of each row's permutation, (G, S)."""
+    return index.argsort(dim=1)
+
+
+class InversionGroup:
+    """Pixels and optimiser of G tasks with equally many classes, one iteration at a time.
+
+    Each task's noise, jitter and labels come from its own generator, keyed by seed and task; a
+    task's images therefore do not depend (to rounding) on the tasks beside it.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        loras: Sequence[LoRA],
+        tasks: Sequence[int],
+        prior: nn.Module | None,
+        config: InversionConfig,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        check_inversion(vit, loras, config)
+        self.vit, self.prior, self.config, self.precision = vit, prior, config, precision
+        self.loras, self.tasks = tuple(loras), tuple(tasks)
+        device = vit.pos_embed.device
+        side = vit.config.image_size
+        generators = [task_generator(seed, task) for task in tasks]
+        count = loras[0].head.classes * config.images_per_class
+        noise = [torch.randn(count, 3, side, side, generator=g) for g in generators]
+        self.jitter = Jitter.draw(generators, config, side)
+        self.stack = LoRAStack.of(loras).to(device=device, dtype=dtype)
+        heads = [lora.head for lora in loras]
+        self.heads = torch.stack([h.weight for h in heads]).to(device=device, dtype=dtype)
+        self.biases = torch.stack(
+            [h.weight.new_zeros(h.classes) if h.bias is None else h.bias for h in heads]
+        ).to(device=device, dtype=dtype)
+        classes = torch.arange(loras[0].head.classes, device=device)
+        self.labels = classes.repeat_interleave(config.images_per_class)
+        bounds = vit.normalise(torch.tensor([0.0, 1.0], dtype=dtype).view(2, 1, 1, 1))
+        self.low, self.high = (b.to(device) for b in bounds)
+        images = torch.stack(noise).to(device=device, dtype=dtype)
+        self.images = images.clamp(self.low, self.high)
+        self.optimiser = torch.optim.Adam([self.images], lr=config.lr, betas=config.betas)
+        self.iteration = 0
+        self._loss = torch.compile(data_loss, dynamic=False) if compiled else data_loss
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration of Eq. 1; returns its loss, CE and R_BN, each (G,), still on the device."""
+        config, side = self.config, self.vit.config.image_size
+        rows, columns = self.jitter.index(self.iteration, side, self.images.device)
+        # The jitter permutes pixels, so its backward is the inverse permutation: no graph needed.
+        seen = gather_pixels(self.images, rows, columns).requires_grad_()
+        pruned = bool(config.prune) and self.iteration >= config.prune_from * config.iterations
+        loss, ce, r_bn = self._loss(
+            self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels, config,
+            pruned, self.precision,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), seen)
+        self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
+        if config.schedule == "cosine":
+            progress = self.iteration / config.iterations
+            self.optimiser.param_groups[0]["lr"] = (
+                config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            )
+        self.optimiser.step()
+        self.images.clamp_(self.low, self.high)
+        self.iteration += 1
+        return {"loss": loss.detach(), "ce": ce.detach(), "r_bn": r_bn.detach()}
+
+    @property
+    def done(self) -> bool:
+        """Whether all iterations are over."""
+        return self.iteration >= self.config.iterations
+
+    @torch.no_grad()
+    def finish(self, batch_size: int = 100) -> list[TaskImages]:
+        """Round the last iterate to 8-bit pixels; its survivors and teacher logits, per task.
+
+        Survivors are those of the final, un-jittered image, ordered by the last block's CLS
+        attention, so that a pool made once serves every sparsity up to the pruning.
+        """
+        results = []
+        prune = self.config.prune or None
+        for g, (lora, task) in enumerate(zip(self.loras, self.tasks, strict=True)):
+            pixels = (self.vit.pixels(self.images[g]) * 255).round().clamp(0, 255).byte()
+            one = lora.to(self.images.device)
+            kept, logits = [], []
+            for batch in pixels.split(batch_size):
+                images = self.vit.normalise(batch.float() / 255)
+                pruned = self.vit.encode(images, one, prune=prune)
+                kept.append(_by_importance(pruned.kept, pruned.cls_scores))
+                # The teacher is the LoRA's whole network: it sees all patches.
+                features = self.vit(images, one) if prune else pruned.features
+                logits.append(one.head(features.float()))
+            results.append(
+                TaskImages(
+                    task,
+                    pixels.cpu(),
+                    self.labels.cpu(),
+                    torch.cat(kept).cpu(),
+                    torch.cat(logits).cpu(),
+                    self.vit.config.patches,
+                    lora.class_names,
+                    lora.name,
+                )  # fmt: skip
+            )
+        return results
+
+    def save(self, path: Path) -> None:
+        """Write all that later iterations need, atomically."""
+        state = self.optimiser.state[self.images]
+        tensors = {"images": self.images}
+        if state:
+            tensors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        save_safetensors(
+            path, tensors, {"iteration": str(self.iteration), "tasks": str(self.tasks)}
+        )
+
+    def restore(self, path: Path) -> bool:
+        """Go on from a saved state; False if it is of another group."""
+        tensors, metadata = load_safetensors(path)
+        if metadata.get("tasks") != str(self.tasks):
+            return False
+        self.images.copy_(tensors["images"])
+        self.iteration = int(metadata["iteration"])
+        if "exp_avg" in tensors:
+            self.optimiser.state[self.images] = {
+                "step": torch.tensor(float(self.iteration)),
+                "exp_avg": tensors["exp_avg"].to(self.images.device),
+                "exp_avg_sq": tensors["exp_avg_sq"].to(self.images.device),
+            }
+        return True
+
+
+def _by_importance(kept: Tensor, scores: Tensor) -> Tensor:
+    """Surviving patches, the most attended first.
+
+    Where the last block itself prunes, its scores cover the patches before that: the survivors are
+    then the best of them, in the same order.
+    """
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : kept.shape[1]]
+    if scores.shape[1] == kept.shape[1]:
+        return kept.gather(1, order)
+    # positions of the survivors among the patches before the last drop, ascending like `kept`
+    position = order.sort(dim=1).values
+    rank = torch.searchsorted(position, order)
+    return kept.gather(1, rank)
+
+
+def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) -> None:
+    """Raise unless these LoRAs can be inverted, together, with this backbone.
+
+    Raises:
+        ValueError: a LoRA that does not fit, lacks a head, or has another number of classes than
+            the others; a pruning schedule out of range.
+
+    """
+    patches_after_blocks(vit.config.patches, vit.config.depth, config.prune)
+    for i, lora in enumerate(loras):
+        lora.check(vit.config, who=f"LoRA {i}")
+        if lora.head is None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: inversion needs the LoRA's classification head (Eq. 1),"
+                " got none; add head.safetensors (weight (classes, features), bias) to its folder or"
+                " save it with modules_to_save"
+            )
+    ways = {lora.head.classes for lora in loras if lora.head is not None}
+    if len(ways) > 1:
+        raise ValueError(f"inversion group: heads of one size expected, got {sorted(ways)} classes")
+
+
+def groups(bank: Sequence[LoRA], size: int) -> Iterator[list[int]]:
+    """Indices of LoRAs to invert together: consecutive ones with equally many classes."""
+    by_ways: dict[int, list[int]] = {}
+    for i, lora in enumerate(bank):
+        by_ways.setdefault(lora.head.classes if lora.head is not None else 0, []).append(i)
+    for indices in by_ways.values():
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def invert(
+    vit: ViT,
+    bank: Sequence[LoRA],
+    prior: nn.Module | None,
+    config: InversionConfig | None = None,
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+    compiled: bool = False,
+    folder: str | Path | None = None,
+    on_step: OnStep | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[TaskImages]:
+    """Invert every LoRA of a bank.
+
+    Args:
+        vit: the frozen backbone, on the device to use.
+        bank: LoRAs with heads.
+        prior: the naturalness prior, on the same device; None for none.
+        config: see `InversionConfig`.
+        seed: of noise and jitter.
+        precision: "fp32" or "bf16".
+        compiled: run the loss under `torch.compile`.
+        folder: where finished tasks and the state of the group under way are kept; a second call
+            goes on from there, to the same result.
+        on_step: called after each iteration with the iterations done in all and, from time to
+            time, the mean loss, CE and R_BN.
+        stop: asked after each iteration; True saves the state and raises KeyboardInterrupt.
+
+    Raises:
+        ValueError: see `check_inversion`.
+        KeyboardInterrupt: `stop` said so.
+
+    """
+    config = config or InversionConfig()
+    for indices in groups(bank, config.group):
+        check_inversion(vit, [bank[i] for i in indices], config)
+    folder = None if folder is None else Path(folder)
+    state = None if folder is None else folder / "group.state.safetensors"
+    results: dict[int, TaskImages] = {}
+    done = 0
+    for indices in groups(bank, config.group):
+        weight = len(indices) * config.iterations
+        if folder is not None and all(task_file(folder, i).exists() for i in indices):
+            for i in indices:
+                results[i] = TaskImages.load(task_file(folder, i))
+            done += weight
+            continue
+        loras = [bank[i] for i in indices]
+        group = InversionGroup(
+            vit, loras, indices, prior, config, seed=seed, precision=precision, compiled=compiled
+        )
+        if state is not None and state.exists():
+            group.restore(state)
+        while not group.done:
+            losses = group.step()
+            log_now = group.iteration % 20 == 0 or group.done
+            if on_step is not None:
+                # reading a loss waits for the device, so only now and then
+                values = {k: v.mean().item() for k, v in losses.items()} if log_now else {}
+                on_step(done + group.iteration * len(indices), values)
+            halt = stop()
+            if (
+                state is not None
+                and not group.done
+                and (halt or group.iteration % config.checkpoint_every == 0)
+            ):
+                group.save(state)
+            if halt:
+                raise KeyboardInterrupt
+        for part in group.finish():
+            results[part.task] = part
+            if folder is not None:
+                part.save(task_file(folder, part.task))
+        if state is not None:
+            state.unlink(missing_ok=True)
+        done += weight
+    return [results[i] for i in sorted(results)]

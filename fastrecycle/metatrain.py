@@ -1,0 +1,455 @@
+"""Meta-training: one meta-LoRA from many synthetic few-shot tasks (LoRA Recycle, Sec. 4.2, 4.3).
+
+E episodes in a step, W ways, K shots, Q queries a class, S side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrecycle.classifier import class_means, prototype_logits
+from fastrecycle.config import MetaConfig
+from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.inversion import OnStep, autocast
+from fastrecycle.lora import LoRA
+from fastrecycle.pool import SyntheticPool
+from fastrecycle.pruning import kept_count
+from fastrecycle.vit import RaggedKeep, ViT
+
+log = logging.getLogger(__name__)
+
+# Step 0 of a checkpoint's metadata format; a change of it makes old checkpoints unreadable.
+_STATE_VERSION = "1"
+
+
+class Episodes(NamedTuple):
+    """The tasks of one step, as rows of the pool."""
+
+    rows: np.ndarray  # (E, W, K + Q) int64
+    labels: np.ndarray  # (E, W) int64: column of the teacher's head; -1 in interpolated tasks
+
+
+class EpisodeSampler:
+    """Draws tasks from a pool: of one LoRA (Eq. 3), or of classes of several (Eq. 4).
+
+    Step t's tasks depend on the seed and t alone, so a resumed run draws the same.
+
+    Raises:
+        ValueError: the pool has too few classes, or too few images of a class.
+
+    """
+
+    def __init__(self, pool: SyntheticPool, config: MetaConfig, seed: int = 0):
+        self.config, self.seed = config, seed
+        tasks, labels, classes = (x.numpy() for x in (pool.tasks, pool.labels, pool.classes))
+        self.own: list[dict[int, np.ndarray]] = []  # per LoRA: label -> rows
+        self.shared: dict[int, list[np.ndarray]] = {}  # class -> rows of each LoRA that has it
+        need = config.shots + config.queries
+        for task in range(len(pool.parts)):
+            own = {}
+            for label in np.unique(labels[tasks == task]):
+                rows = np.flatnonzero((tasks == task) & (labels == label))
+                if len(rows) < need:
+                    raise ValueError(
+                        f"pool: a {config.shots}-shot task with {config.queries} queries needs"
+                        f" {need} images a class, LoRA {task} class {label} has {len(rows)};"
+                        " invert more images_per_class, or ask for fewer queries"
+                    )
+                own[int(label)] = rows
+                self.shared.setdefault(int(classes[rows[0]]), []).append(rows)
+            self.own.append(own)
+        self.wide = [i for i, own in enumerate(self.own) if len(own) >= config.ways]
+        if config.interpolation < 1 and not self.wide:
+            raise ValueError(
+                f"ways: a {config.ways}-way task of one LoRA needs a head with that many classes;"
+                f" the largest has {max(map(len, self.own))}; use fewer ways or interpolation=1"
+            )
+        if config.interpolation > 0 and len(self.shared) < config.ways:
+            raise ValueError(
+                f"ways: the pool shows {len(self.shared)} classes, fewer than {config.ways}"
+            )
+
+    def draw(self, step: int) -> Episodes:
+        """The tasks of a step."""
+        config = self.config
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+        need = config.shots + config.queries
+        all_rows, all_labels = [], []
+        for _ in range(config.tasks):
+            if rng.random() < config.interpolation:
+                chosen = rng.choice(np.array(list(self.shared)), config.ways, replace=False)
+                sources = []
+                for c in chosen.tolist():
+                    holders = self.shared[c]
+                    sources.append(holders[rng.integers(len(holders))])
+                labels = np.full(config.ways, -1)
+            else:
+                own = self.own[self.wide[rng.integers(len(self.wide))]]
+                labels = rng.choice(np.array(list(own)), config.ways, replace=False)
+                sources = [own[label] for label in labels.tolist()]
+            all_rows.append([rng.choice(rows, need, replace=False) for rows in sources])
+            all_labels.append(labels)
+        return Episodes(np.array(all_rows), np.array(all_labels))
+
+
+def targets(pool_logits: Tensor, episodes: Episodes, config: MetaConfig) -> Tensor:
+    """Target distribution of each query: the teacher's, or one-hot in interpolated tasks.
+
+    KL(teacher, student) and cross-entropy differ from CE(target, student) only by the target's
+    entropy, so one loss serves Eq. 3a and Eq. 4.
+
+    Returns:
+        (E, W Q, W) float32 on the device of `pool_logits`.
+
+    """
+    device = pool_logits.device
+    queries = torch.from_numpy(episodes.rows[:, :, config.shots :]).to(device)
+    labels = torch.from_numpy(episodes.labels).to(device)
+    own = labels[:, 0] >= 0
+    columns = labels.clamp_min(0)[:, None, None, :].expand(-1, config.ways, config.queries, -1)
+    logits = pool_logits[queries].gather(-1, columns)  # (E, W, Q, W)
+    teacher = (logits / config.temperature).softmax(-1)
+    one_hot = torch.eye(config.ways, device=device)[:, None].expand(-1, config.queries, -1)
+    return torch.where(own[:, None, None, None], teacher, one_hot).flatten(1, 2)
+
+
+def meta_loss(features: Tensor, target: Tensor, config: MetaConfig) -> tuple[Tensor, Tensor]:
+    """L_meta, LoRA Recycle, Eq. 3 and 4, and the accuracy against the target's mode.
+
+    Args:
+        features: (E, W, K + Q, F), support images first.
+        target: (E, W Q, W), see `targets`.
+        config: shots, distance, direction of the KL.
+
+    Returns:
+        loss and accuracy, scalars.
+
+    """
+    support, query = features.split((config.shots, config.queries), dim=2)
+    prototypes = class_means(support.flatten(1, 2), config.ways)
+    logits = prototype_logits(prototypes, query.flatten(1, 2), config.distance)
+    log_p = (logits / config.temperature).log_softmax(-1)
+    log_target = target.clamp_min(1e-12).log()
+    if config.kl == "teacher_student":
+        loss = (target * (log_target - log_p)).sum(-1).mean()
+    else:
+        one_hot = (target.amax(-1, keepdim=True) == 1).to(target.dtype)
+        reverse = (log_p.exp() * (log_p - log_target)).sum(-1, keepdim=True)
+        forward = -(target * log_p).sum(-1, keepdim=True)
+        # interpolated tasks have no teacher: their one-hot target takes the cross-entropy
+        loss = (one_hot * forward + (1 - one_hot) * reverse).mean()
+    accuracy = (logits.argmax(-1) == target.argmax(-1)).float().mean()
+    return loss * config.temperature**2, accuracy
+
+
+def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
+    """Kept patches for each of `count` images, with mean (1 - sparsity) patches.
+
+    Features of a batch in which every image has the same few patches come to depend on that
+    number, and whole test images suffer. Here images keep 1, 1/2, 1/4, 1/8 or 1/16 of their
+    patches, in geometric proportions that meet the mean, so that one task compares images across
+    counts at the cost of the fixed ratio.
+    """
+    mean = kept_count(patches, sparsity) / patches
+    levels = np.array([1.0, 0.5, 0.25, 0.125, 0.0625])
+    if mean >= 1:
+        return [patches] * count
+    if mean <= levels[-1]:
+        return [max(1, kept_count(patches, sparsity))] * count
+    low, high = 1e-6, 1e6
+    for _ in range(200):  # weights r^j; the mean falls as r grows
+        ratio = (low * high) ** 0.5
+        weights = ratio ** np.arange(len(levels))
+        low, high = (ratio, high) if weights @ levels / weights.sum() > mean else (low, ratio)
+    share = weights / weights.sum()
+    edges = np.floor(np.cumsum(share) * count + 0.5).astype(int)
+    sizes = np.diff(np.concatenate([[0], edges]))
+    ladder = [max(1, round(level * patches)) for level in levels]
+    counts = [k for k, size in zip(ladder, sizes.tolist(), strict=True) for _ in range(size)]
+    # Rounding leaves the total a little off: spread the difference over the images.
+    budget = round(mean * patches * count)
+    i = 0
+    while sum(counts) != budget:
+        step = 1 if sum(counts) < budget else -1
+        j = i % count
+        if 1 <= counts[j] + step <= patches:
+            counts[j] += step
+        i += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class MetaResult:
+    """What meta-training returns."""
+
+    lora: LoRA
+    vit: ViT  # the backbone given, or a trained copy where learn="backbone"
+    best_step: int  # the step returned: the last, or the best on validation tasks
+    validation: dict[int, float]
+
+
+class MetaTrainer:
+    """Meta-LoRA, optimiser and sampler; `step()` is one update of Alg. 1.
+
+    Args:
+        vit: the frozen backbone, on the device to use.
+        pool: synthetic images; moved to that device as 8-bit pixels.
+        config: see `MetaConfig`.
+        seed: of the meta-LoRA's start and of everything drawn.
+        precision: "fp32" or "bf16".
+        compiled: run the forward pass and the loss under `torch.compile`.
+
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        pool: SyntheticPool,
+        config: MetaConfig,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ):
+        device = vit.pos_embed.device
+        if pool.images.shape[-1] != vit.config.image_size:
+            raise ValueError(
+                f"pool: images of side {pool.images.shape[-1]}, the backbone takes"
+                f" {vit.config.image_size}"
+            )
+        self.config, self.seed, self.precision = config, seed, precision
+        self.sampler = EpisodeSampler(pool, config, seed)
+        self.images = pool.images.to(device)
+        self.logits = pool.teacher_logits.to(device)
+        self.order = pool.kept.to(device)  # most important patch first
+        self.patches = pool.patches
+        pool.keep(config.sparsity)  # raises if inversion left too few patches
+        self.vit = vit
+        blocks = config.learned_blocks(vit.config.depth)
+        lora = LoRA.init(
+            vit.config, config.rank, config.alpha, config.targets,
+            blocks=blocks if config.learn != "backbone" else None, seed=seed,
+        ).to(device)  # fmt: skip
+        self.lora = lora.clone()
+        if config.learn == "backbone":
+            self.vit = ViT(vit.config).to(device)
+            self.vit.load_state_dict(vit.state_dict())
+            self.vit.requires_grad_(True)
+            self.parameters = list(self.vit.parameters())
+        else:
+            self.parameters = [x.requires_grad_() for x in self.lora.tensors()]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.lr)
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.iteration = 0
+        self._loss = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+
+    def _forward(
+        self, images: Tensor, keep: Tensor | RaggedKeep | None, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        lora = None if config.learn == "backbone" else self.lora
+        with autocast(images.device, self.precision):
+            features = self.vit(images, lora, keep=keep)
+        features = features.unflatten(0, (-1, config.ways, config.shots + config.queries))
+        return meta_loss(features, target, config)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor | RaggedKeep | None, Tensor]:
+        """Images (B, 3, S, S), kept patches and targets of a step, augmented."""
+        config, device = self.config, self.images.device
+        episodes = self.sampler.draw(step)
+        rng = np.random.Generator(np.random.Philox(key=[self.seed + 1, step]))
+        rows = torch.from_numpy(episodes.rows.reshape(-1)).to(device)
+        pixels = self.images[rows].float() / 255
+        low, high = config.resolution
+        side = self.vit.config.image_size
+        if high > 0:
+            small = int(rng.integers(max(1, round(low * side)), round(high * side) + 1))
+            if small < side:
+                resize = torch.nn.functional.interpolate
+                pixels = resize(pixels, small, mode="bilinear", antialias=True)
+                pixels = resize(pixels, side, mode="bicubic").clamp(0, 1)
+        keep: Tensor | RaggedKeep | None = None
+        if config.sparsity > 0:
+            order = self.order[rows]
+            if config.sparsity_per == "batch":
+                count = kept_count(self.patches, config.sparsity)
+                keep = order[:, :count].sort(dim=1).values
+            else:
+                counts = keep_ladder(len(rows), self.patches, config.sparsity)
+                counts = rng.permutation(counts)
+                keep = RaggedKeep.of_orders(order, torch.from_numpy(counts).to(device))
+        if rng.random() < config.flip:
+            pixels = pixels.flip(-1)
+            if keep is not None:
+                keep = _mirror(keep, self.vit.config.grid)
+        return self.vit.normalise(pixels), keep, targets(self.logits, episodes, config)
+
+    def step(self) -> dict[str, Tensor]:
+        """One update; returns its loss and accuracy, still on the device."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr_at(self.iteration)
+        images, keep, target = self._batch(self.iteration)
+        loss, accuracy = self._loss(images, keep, target)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimiser.step()
+        if self.average:
+            # bias-corrected, so that early averages are not weighed down by the start
+            decay = min(self.config.ema, (1 + self.iteration) / (10 + self.iteration))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self.iteration += 1
+        return {"loss": loss.detach(), "accuracy": accuracy.detach()}
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are over."""
+        return self.iteration >= self.config.steps
+
+    def meta_lora(self) -> LoRA:
+        """A detached copy of the meta-LoRA as it stands (its moving average, where asked for)."""
+        lora = self.lora.clone()
+        if self.average and self.config.learn != "backbone":
+            for tensor, average in zip(lora.tensors(), self.average, strict=True):
+                tensor.copy_(average)
+        return lora
+
+    def save(self, path: Path, extra: dict[str, Tensor]) -> None:
+        """Write all that later steps need, atomically."""
+        tensors = dict(extra)
+        for i, p in enumerate(self.parameters):
+            tensors[f"parameter.{i}"] = p
+            for name, value in self.optimiser.state.get(p, {}).items():
+                tensors[f"optimiser.{i}.{name}"] = value
+        for i, x in enumerate(self.average):
+            tensors[f"average.{i}"] = x
+        save_safetensors(
+            path, tensors, {"iteration": str(self.iteration), "version": _STATE_VERSION}
+        )
+
+    def restore(self, path: Path) -> dict[str, Tensor]:
+        """Go on from a saved state; returns what `save` was given as `extra`.
+
+        Raises:
+            ValueError: damaged, or of another configuration.
+
+        """
+        tensors, metadata = load_safetensors(path)
+        count = sum(name.startswith("parameter.") for name in tensors)
+        if metadata.get("version") != _STATE_VERSION or count != len(self.parameters):
+            raise ValueError(f"{path}: a checkpoint of another configuration; remove it to restart")
+        self.iteration = int(metadata["iteration"])
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters):
+                p.copy_(tensors.pop(f"parameter.{i}"))
+                state = {}
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors.pop(f"optimiser.{i}.{name}", None)
+                    if value is not None:
+                        state[name] = value if name == "step" else value.to(p.device)
+                if state:
+                    self.optimiser.state[p] = state
+            for i, x in enumerate(self.average):
+                x.copy_(tensors.pop(f"average.{i}"))
+        return tensors
+
+
+def _mirror(keep: Tensor | RaggedKeep, grid: int) -> Tensor | RaggedKeep:
+    """Patch indices after a horizontal flip of the image."""
+
+    def flip(index: Tensor) -> Tensor:
+        return index + (grid - 1) - 2 * (index % grid)
+
+    if isinstance(keep, RaggedKeep):
+        return replace(keep, patches=flip(keep.patches))
+    return flip(keep)
+
+
+def meta_train(
+    vit: ViT,
+    pool: SyntheticPool,
+    config: MetaConfig | None = None,
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+    compiled: bool = False,
+    folder: str | Path | None = None,
+    validate: Callable[[ViT, LoRA], float] | None = None,
+    on_step: OnStep | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> MetaResult:
+    """Meta-train a meta-LoRA on a pool.
+
+    Args:
+        vit, pool, config, seed, precision, compiled: see `MetaTrainer`.
+        folder: where checkpoints are kept; a second call goes on from there, to the same result.
+        validate: scores a meta-LoRA on validation tasks, higher is better; with it the best step
+            is returned instead of the last. Never give it test tasks.
+        on_step: called after each step with the steps done and, from time to time, loss, accuracy,
+            learning rate and validation score.
+        stop: asked after each step; True saves the state and raises KeyboardInterrupt.
+
+    Raises:
+        ValueError: see `EpisodeSampler` and `SyntheticPool.keep`.
+        KeyboardInterrupt: `stop` said so.
+
+    """
+    config = config or MetaConfig()
+    trainer = MetaTrainer(vit, pool, config, seed=seed, precision=precision, compiled=compiled)
+    state = None if folder is None else Path(folder) / "meta.state.safetensors"
+    best: tuple[int, float, list[Tensor]] | None = None
+    validation: dict[int, float] = {}
+
+    def extra() -> dict[str, Tensor]:
+        scores = sorted(validation.items())
+        tensors = {"validation": torch.tensor(scores, dtype=torch.float64).reshape(-1, 2)}
+        if best is not None:
+            tensors["best"] = torch.tensor([best[0], best[1]], dtype=torch.float64)
+            tensors |= {f"best.{i}": x for i, x in enumerate(best[2])}
+        return tensors
+
+    if state is not None and state.exists():
+        saved = trainer.restore(state)
+        validation = {int(s): v for s, v in saved["validation"].tolist()}
+        if "best" in saved:
+            step, score = saved["best"].tolist()
+            count = sum(name.startswith("best.") for name in saved)
+            best = (int(step), score, [saved[f"best.{i}"] for i in range(count)])
+    while not trainer.done:
+        values = trainer.step()
+        step = trainer.iteration
+        report: dict[str, float] = {}
+        if validate is not None and (step % config.validate_every == 0 or trainer.done):
+            lora = trainer.meta_lora()
+            score = validate(trainer.vit, lora)
+            validation[step] = report["validation"] = score
+            if best is None or score > best[1]:
+                kept = lora.tensors() if config.learn != "backbone" else trainer.parameters
+                best = (step, score, [x.detach().cpu().clone() for x in kept])
+        if on_step is not None:
+            if step % 20 == 0 or trainer.done:
+                report |= {k: v.item() for k, v in values.items()}
+                report["lr"] = config.lr_at(step - 1)
+            on_step(step, report)
+        halt = stop()
+        if state is not None and (halt or trainer.done or step % config.checkpoint_every == 0):
+            trainer.save(state, extra())
+        if halt and not trainer.done:
+            raise KeyboardInterrupt
+    lora = trainer.meta_lora()
+    chosen = trainer.iteration
+    if best is not None:
+        chosen = best[0]
+        with torch.no_grad():
+            own = lora.tensors() if config.learn != "backbone" else trainer.parameters
+            for tensor, value in zip(own, best[2], strict=True):
+                tensor.copy_(value)
+    return MetaResult(lora, trainer.vit.requires_grad_(False), chosen, validation)

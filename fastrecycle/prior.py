@@ -1,0 +1,281 @@
+"""The naturalness prior R_BN (LoRA Recycle, Eq. 2): networks with BatchNorm, and their statistics.
+
+B images, G tasks of B / G consecutive images, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastrecycle import ops
+from fastrecycle.files import load_safetensors, load_torch
+from fastrecycle.vit import IMAGENET_MEAN, IMAGENET_STD, Triple
+
+
+class Prior(Protocol):
+    """Anything that scores how natural each task's images are."""
+
+    def __call__(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
+        """Pixels (B, 3, S, S) in [0, 1] -> R_BN of each task, (segments,) float32."""
+        ...
+
+
+def moment_distance(mu: Tensor, var: Tensor, stored_mu: Tensor, stored_var: Tensor) -> Tensor:
+    """||mu - mu_BN||_2 + ||var - var_BN||_2 of each task: (G, C) moments -> (G,)."""
+    norm = torch.linalg.vector_norm  # its gradient at 0 is 0, not NaN
+    return norm(mu - stored_mu, dim=1) + norm(var - stored_var, dim=1)
+
+
+@dataclass(frozen=True)
+class ResNetSpec:
+    """What the names in a ResNet's state dict do not tell."""
+
+    stride_in: Literal["conv1", "conv2"] = "conv2"  # of a bottleneck: torchvision's is conv2
+    eps: float = 1e-5  # of every BatchNorm
+    stem_stride: int = 2
+    maxpool: bool = True
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+
+class ResNetPrior(nn.Module):
+    """A ResNet in torchvision's names, from the stem as far as its state dict goes.
+
+    Only BatchNorm inputs matter, so a file may stop after any layer and needs no classifier.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Tensor], spec: ResNetSpec | None = None):
+        super().__init__()
+        self.spec = spec or ResNetSpec()
+        wanted = re.compile(r"(conv1|bn1|layer\d+\.\d+\.(conv\d|bn\d|downsample\.[01]))\.\w+$")
+        tensors = {k: v.float() for k, v in state_dict.items() if wanted.match(k)}
+        if "conv1.weight" not in tensors or "bn1.running_var" not in tensors:
+            raise ValueError(
+                "prior: expected a ResNet in torchvision's names (conv1.weight, bn1.running_mean,"
+                f" layer1.0.conv1.weight, ...), got {sorted(state_dict)[:3]}; pass any other"
+                " network with BatchNorm2d as a module"
+            )
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"prior: {name} holds NaN or infinity")
+            self.register_buffer(name.replace(".", "__"), tensor)
+        self.block_names = sorted(
+            {m.group(0) for k in tensors if (m := re.match(r"layer\d+\.\d+", k))},
+            key=lambda name: [int(x) for x in re.findall(r"\d+", name)],
+        )
+        self.bottleneck = any(k.endswith("conv3.weight") for k in tensors)
+
+    @property
+    def num_bn(self) -> int:
+        """Number of BatchNorms in R_BN."""
+        return sum(name.endswith("running_var") for name, _ in self.named_buffers())
+
+    def _get(self, name: str) -> Tensor:
+        return self.get_buffer(name.replace(".", "__"))
+
+    def _has(self, name: str) -> bool:
+        return name.replace(".", "__") in self._buffers
+
+    def _conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = self._get(name + ".weight")
+        return nn.functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def forward(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
+        """R_BN of each task.
+
+        Args:
+            pixels: (B, 3, S, S) in [0, 1]; normalised here with the network's own statistics.
+            segments: number of tasks; B / segments consecutive images belong to one.
+            first_bn: factor of the first BatchNorm's term.
+
+        Returns:
+            (segments,) float32.
+
+        """
+        total = pixels.new_zeros(segments, dtype=torch.promote_types(pixels.dtype, torch.float32))
+        first = True
+
+        def bn(name: str, x: Tensor, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+            nonlocal total, first
+            mean, var = self._get(name + ".running_mean"), self._get(name + ".running_var")
+            y, mu, sigma2 = ops.bn_prior(
+                x, mean, var, self._get(name + ".weight"), self._get(name + ".bias"),
+                eps=self.spec.eps, segments=segments, relu=relu, residual=residual,
+            )  # fmt: skip
+            total = total + (first_bn if first else 1.0) * moment_distance(mu, sigma2, mean, var)
+            first = False
+            return y
+
+        mean = torch.tensor(self.spec.mean, dtype=pixels.dtype, device=pixels.device)
+        std = torch.tensor(self.spec.std, dtype=pixels.dtype, device=pixels.device)
+        x = (pixels - mean[:, None, None]) / std[:, None, None]
+        if x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
+        if self.spec.maxpool:
+            x = nn.functional.max_pool2d(x, 3, 2, 1)
+        for name in self.block_names:
+            layer, index = (int(n) for n in re.findall(r"\d+", name))
+            stride = 2 if index == 0 and layer > 1 else 1
+            shortcut = x
+            if self._has(f"{name}.downsample.0.weight"):
+                shortcut = self._conv(f"{name}.downsample.0", x, stride)
+                shortcut = bn(f"{name}.downsample.1", shortcut, relu=False)
+            if self.bottleneck:
+                early = self.spec.stride_in == "conv1"
+                y = self._conv(f"{name}.conv1", x, stride if early else 1)
+                y = bn(f"{name}.bn1", y)
+                y = bn(f"{name}.bn2", self._conv(f"{name}.conv2", y, 1 if early else stride))
+                x = bn(f"{name}.bn3", self._conv(f"{name}.conv3", y), residual=shortcut)
+            else:
+                y = bn(f"{name}.bn1", self._conv(f"{name}.conv1", x, stride))
+                x = bn(f"{name}.bn2", self._conv(f"{name}.conv2", y), residual=shortcut)
+        return total
+
+
+class ModulePrior(nn.Module):
+    """Any network with BatchNorm2d layers (torchvision's, timm's, your own) as a prior.
+
+    Args:
+        network: frozen and put in eval mode here.
+        mean, std: of the network's input normalisation.
+
+    Raises:
+        ValueError: it has no BatchNorm2d with running statistics.
+
+    """
+
+    def __init__(
+        self, network: nn.Module, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
+    ):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.mean, self.std = mean, std
+        self.batch_norms = [
+            m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats
+        ]
+        if not self.batch_norms:
+            raise ValueError(
+                f"prior: {type(network).__name__} has no BatchNorm2d with running statistics;"
+                " expected a network such as torchvision's resnet50"
+            )
+
+    @property
+    def num_bn(self) -> int:
+        """Number of BatchNorms in R_BN."""
+        return len(self.batch_norms)
+
+    def forward(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
+        """R_BN of each task; see `ResNetPrior.forward`."""
+        terms: list[Tensor] = []
+
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+            x = x.unflatten(0, (segments, -1))
+            mu, var = x.mean((1, 3, 4)), x.var((1, 3, 4), correction=0)
+            factor = 1.0 if terms else first_bn
+            terms.append(factor * moment_distance(mu, var, layer.running_mean, layer.running_var))
+
+        mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
+        hooks = [bn.register_forward_pre_hook(record) for bn in self.batch_norms]
+        try:
+            self.network((pixels - mean) / std)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(terms).sum(0)
+
+
+def load_prior(
+    source: str | Path | nn.Module | None,
+    *,
+    stride_in: Literal["conv1", "conv2"] | None = None,
+    eps: float | None = None,
+) -> nn.Module | None:
+    """A prior network from where its weights are.
+
+    Args:
+        source: "demo" (packaged); a file with a ResNet in torchvision's names (.safetensors, .pt);
+            "torchvision:NAME" or "timm:NAME" (downloaded by those libraries); a module with
+            BatchNorm2d layers, or a `Prior`; "none" or None for no prior.
+        stride_in: where a bottleneck's stride is, if the file does not say; needed for files that
+            are not a whole torchvision ResNet.
+        eps: of its BatchNorms, likewise.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a network, or something the file leaves open and nobody told.
+
+    """
+    if source is None or source == "none":
+        return None
+    if isinstance(source, ResNetPrior | ModulePrior):
+        return source
+    if isinstance(source, nn.Module):
+        return ModulePrior(source)
+    name = str(source)
+    if name == "demo":
+        from fastrecycle.assets import asset
+
+        source = asset("prior.safetensors")
+    elif name.startswith("torchvision:"):
+        import torchvision
+
+        return ModulePrior(torchvision.models.get_model(name.partition(":")[2], weights="DEFAULT"))
+    elif name.startswith("timm:"):
+        import timm
+
+        network = timm.create_model(name.partition(":")[2], pretrained=True)
+        cfg = network.pretrained_cfg
+        return ModulePrior(network, tuple(cfg["mean"]), tuple(cfg["std"]))
+    path = Path(source)
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        tensors, metadata = load_safetensors(path)
+    else:
+        tensors = load_torch(path)
+        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, Mapping) else tensors
+        if not isinstance(tensors, Mapping) or not all(
+            isinstance(v, Tensor) for v in tensors.values()
+        ):
+            raise ValueError(f"{path}: expected a state dict of tensors")
+    return ResNetPrior(tensors, _spec(path, tensors, metadata, stride_in, eps))
+
+
+def _spec(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    stride_in: Literal["conv1", "conv2"] | None,
+    eps: float | None,
+) -> ResNetSpec:
+    told = json.loads(metadata.get("fastrecycle.prior", "{}"))
+    if stride_in is not None:
+        told["stride_in"] = stride_in
+    if eps is not None:
+        told["eps"] = eps
+    whole = "fc.weight" in tensors and any(k.startswith("layer4.") for k in tensors)
+    if not whole:  # not torchvision's own file, so its conventions are not known
+        missing = [k for k in ("stride_in", "eps") if k not in told]
+        if missing:
+            raise ValueError(
+                f"{path}: this ResNet is not a whole torchvision one, so {' and '.join(missing)}"
+                " cannot be known from its names; tell them (--prior-stride-in conv1|conv2,"
+                " --prior-eps 1e-5; load_prior(..., stride_in=, eps=))"
+            )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    return ResNetSpec(**{k: v for k, v in fields.items() if k in ResNetSpec.__annotations__})
+
+
+def prior_metadata(spec: ResNetSpec) -> dict[str, str]:
+    """The safetensors metadata from which `load_prior` restores `spec`."""
+    return {"fastrecycle.prior": json.dumps(asdict(spec))}
