@@ -1,0 +1,227 @@
+"""A labelled image set and how its images are decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastrecycle.data.stores import Store
+
+# What Pillow may try on a file of any content. Left out on purpose: EPS runs Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled images of one split, decoded when asked for.
+
+    Attributes:
+        name: of the set.
+        split: train, val or test.
+        class_names: name of label 0, 1, ...; sorted by folder name or label.
+        labels: (N,) int64.
+        files: where each image lies, for messages.
+        pixels: images by index, of any mode.
+
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    files: list[str]
+    pixels: Sequence[Image.Image]
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return len(self.labels)
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index` as RGB.
+
+        Raises:
+            IndexError: index not in [0, N).
+            ValueError: the file is broken, too large, or no image.
+
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: index must be in [0, {len(self)}), got {index}")
+        return to_rgb(self.pixels[index])
+
+    def images(
+        self,
+        indices: Any,
+        transform: Callable[[Image.Image], Tensor],
+        batch_size: int = 64,
+        workers: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Transformed images in the order of `indices`, as batches (B, ...), B <= batch_size.
+
+        Threads decode ahead, at most one batch and one image a worker. Stopping early is safe.
+
+        Args:
+            indices: (n,) integers in [0, N); repeats are allowed.
+            transform: PIL RGB -> tensor, of the same shape for every image.
+            batch_size: images a batch, at least 1.
+            workers: threads; 0 decodes in the caller's; None: one a CPU core, at most 8.
+
+        Raises:
+            IndexError: an index out of range.
+            ValueError: a broken file, or a transform that fails or changes shape; names the file.
+
+        """
+        order = np.asarray(indices)
+        if order.size == 0:
+            order = order.astype(np.int64)
+        if order.ndim != 1 or order.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.name}: indices must be a (n,) integer array, got shape {order.shape}, "
+                f"{order.dtype}; flatten tasks with .ravel()"
+            )
+        if order.size and (order.min() < 0 or order.max() >= len(self)):
+            wrong = order.max() if order.max() >= len(self) else order.min()
+            raise IndexError(f"{self.name}: index must be in [0, {len(self)}), got {wrong}")
+        if batch_size < 1:
+            raise ValueError(f"{self.name}: batch_size must be at least 1, got {batch_size}")
+        if workers is None:
+            workers = min(8, os.cpu_count() or 1)
+        if workers < 0:
+            raise ValueError(f"{self.name}: workers must be at least 0, got {workers}")
+        return self._batches([int(i) for i in order], transform, batch_size, workers)
+
+    def _batches(
+        self,
+        order: list[int],
+        transform: Callable[[Image.Image], Tensor],
+        batch_size: int,
+        workers: int,
+    ) -> Iterator[Tensor]:
+        def load(index: int) -> Tensor:
+            image = self.open(index)
+            try:
+                tensor = transform(image)
+            except Exception as error:
+                raise ValueError(
+                    f"{self.name}: transform failed on {self.files[index]}: {error}"
+                ) from error
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{self.name}: transform must return a tensor, got {type(tensor).__name__} "
+                    f"for {self.files[index]}"
+                )
+            return tensor
+
+        with contextlib.closing(_ahead(load, order, workers, batch_size + workers)) as loaded:
+            batch: list[Tensor] = []
+            for index, tensor in zip(order, loaded, strict=True):
+                if batch and tensor.shape != batch[0].shape:
+                    raise ValueError(
+                        f"{self.name}: transform must give one shape, got {tuple(tensor.shape)} "
+                        f"for {self.files[index]} after {tuple(batch[0].shape)}; crop or resize "
+                        "to a fixed size"
+                    )
+                batch.append(tensor)
+                if len(batch) == batch_size:
+                    yield torch.stack(batch)
+                    batch = []
+            if batch:
+                yield torch.stack(batch)
+
+
+class FileImages(Sequence[Image.Image]):
+    """Images decoded from the files of a store."""
+
+    def __init__(self, store: Store, files: list[str]) -> None:
+        self._store, self._files = store, files
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Image `index`, loaded."""
+        name = self._files[index]
+        return decode(self._store.read(name), f"{name} in {self._store.path}")
+
+
+class ArrayImages(Sequence[Image.Image]):
+    """Images of a uint8 array (N, H, W) or (N, H, W, 3), not copied."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._array)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Image `index`, gray or RGB."""
+        return Image.fromarray(np.ascontiguousarray(self._array[index]))
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """Decode one image file, loaded whole.
+
+    Raises:
+        ValueError: broken, cut short, of an unknown format, or with more pixels than
+            PIL.Image.MAX_IMAGE_PIXELS (which Pillow itself only warns about).
+
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        too_large = Image.MAX_IMAGE_PIXELS
+        if too_large is not None and image.width * image.height > too_large:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"load_dataset: {where} has more than {Image.MAX_IMAGE_PIXELS:,} pixels ({error}); "
+            "not decoded; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise ValueError(
+            f"load_dataset: {where} is not a whole image ({error}); copy or download it again"
+        ) from error
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: 16-bit gray keeps its upper byte, transparency is dropped."""
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
+
+
+def _ahead(
+    work: Callable[[int], Tensor], items: Iterable[int], workers: int, ahead: int
+) -> Generator[Tensor, None, None]:
+    """`map(work, items)` on threads, in order, with at most `ahead` results under way."""
+    if workers == 0:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        pending: deque[Future[Tensor]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,148 @@
+"""The registered data sets, and where their files are looked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastrecycle.data.layouts import split_spellings
+from fastrecycle.data.stores import ARCHIVE_SUFFIXES
+
+ROOT_VARIABLE = "FASTRECYCLE_DATA"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A published data set.
+
+    Attributes:
+        title: its full name.
+        url: where to get it.
+        classes: number of classes in each published split; another number is warned about.
+        download: torchvision's name of it, where an official direct link exists.
+        packaged: a dependency ships it, so no file is looked for.
+
+    """
+
+    title: str
+    url: str
+    classes: dict[str, int] = field(default_factory=dict)
+    download: str | None = None
+    packaged: bool = False
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "cifar_fs": DatasetInfo(
+        title="CIFAR-FS: CIFAR-100 in Bertinetto's class split",
+        url="https://www.cs.toronto.edu/~kriz/cifar.html",
+        classes={"train": 64, "val": 16, "test": 20},
+        download="CIFAR100",
+    ),
+    "mini_imagenet": DatasetInfo(
+        title="mini-ImageNet in Ravi and Larochelle's class split",
+        url="https://github.com/twitter-research/meta-learning-lstm",
+        classes={"train": 64, "val": 16, "test": 20},
+    ),
+    "vgg_flower": DatasetInfo(
+        title="VGG-Flower: Oxford Flowers-102",
+        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        classes={"train": 71, "val": 16, "test": 15},
+        download="Flowers102",
+    ),
+    "cub": DatasetInfo(
+        title="CUB-200-2011",
+        url="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+        classes={"train": 100, "val": 50, "test": 50},
+    ),
+    "chestx": DatasetInfo(
+        title="ChestX-ray14, the seven classes of the cross-domain benchmark",
+        url="https://nihcc.app.box.com/v/ChestXray-NIHCC",
+        classes={"test": 7},
+    ),
+    "isic": DatasetInfo(
+        title="ISIC 2018, task 3",
+        url="https://challenge.isic-archive.com/data/#2018",
+        classes={"test": 7},
+    ),
+    "eurosat": DatasetInfo(
+        title="EuroSAT, RGB",
+        url="https://github.com/phelber/EuroSAT",
+        classes={"test": 10},
+        download="EuroSAT",
+    ),
+    "crop_diseases": DatasetInfo(
+        title="CropDiseases: PlantVillage",
+        url="https://github.com/spMohanty/PlantVillage-Dataset",
+        classes={"test": 38},
+    ),
+    "omniglot": DatasetInfo(
+        title="Omniglot",
+        url="https://github.com/brendenlake/omniglot",
+    ),
+    "tiny_imagenet": DatasetInfo(
+        title="Tiny ImageNet",
+        url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    ),
+    "digits": DatasetInfo(
+        title="Optical recognition of handwritten digits, 8x8 gray",
+        url="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
+        classes={"test": 10},
+        packaged=True,
+    ),
+}
+
+
+def find_root(data_root: str | Path | None) -> Path | None:
+    """`data_root`, else the folder that FASTRECYCLE_DATA names, else None.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+
+    """
+    value = data_root if data_root is not None else os.environ.get(ROOT_VARIABLE) or None
+    if value is None:
+        return None
+    root = Path(value).expanduser()
+    if not root.is_dir():
+        origin = "data_root" if data_root is not None else ROOT_VARIABLE
+        raise FileNotFoundError(f"load_dataset: {origin} must be a folder, got {root}")
+    return root
+
+
+def find_files(name: str, split: str, root: Path) -> tuple[Path, bool] | None:
+    """Path of a registered set under `root`, and whether it is of this split alone.
+
+    A file of one split (cifar_fs_test.zip) goes before one of all (cifar_fs/, cifar_fs.zip).
+    """
+    for spelling in split_spellings(split):
+        for suffix in ("", *ARCHIVE_SUFFIXES):
+            path = root / f"{name}_{spelling}{suffix}"
+            if path.is_file() if suffix else path.is_dir():
+                return path, True
+    for suffix in ("", *ARCHIVE_SUFFIXES):
+        path = root / f"{name}{suffix}"
+        if path.is_file() if suffix else path.is_dir():
+            return path, False
+    return None
+
+
+def absent(name: str, split: str, root: Path | None) -> FileNotFoundError:
+    """The error that says what to put where."""
+    info = DATASETS[name]
+    if root is None:
+        searched = f"no folder to look in: give data_root or set {ROOT_VARIABLE}"
+    else:
+        others = sorted(path.name for path in root.glob(f"{name}*"))
+        searched = f"looked in {root}" + (f", which has only {', '.join(others)}" if others else "")
+    suffixes = ", ".join(ARCHIVE_SUFFIXES)
+    remedy = (
+        f"put {name}/, {name}{ARCHIVE_SUFFIXES[0]} or {name}_{split}{ARCHIVE_SUFFIXES[0]} there "
+        f"(or {suffixes}), holding SPLIT/CLASS/FILE or CLASS/FILE, or a filename,label,split CSV "
+        f"beside the images; get it from {info.url}"
+    )
+    if info.download is not None:
+        remedy += f", or call load_dataset({name!r}, download=True)"
+    return FileNotFoundError(
+        f"load_dataset: {name} ({info.title}), split {split}, is absent: {searched}; {remedy}"
+    )
