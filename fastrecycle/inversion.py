@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +17,14 @@ from torch import Tensor, nn
 from fastrecycle.config import InversionConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA, LoRAStack
+from fastrecycle.ops import autocast
 from fastrecycle.pool import TaskImages, task_file
-from fastrecycle.pruning import patches_after_blocks
+from fastrecycle.pruning import patches_after_blocks, top_patches
 from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, dict[str, float]], None]
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 products with fp32 parameters, norms, softmax and losses; nothing for "fp32"."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
 
 
 def task_generator(seed: int, task: int) -> torch.Generator:
@@ -222,26 +215,30 @@ class InversionGroup:
         prune = self.config.prune or None
         for g, (lora, task) in enumerate(zip(self.loras, self.tasks, strict=True)):
             pixels = (self.vit.pixels(self.images[g]) * 255).round().clamp(0, 255).byte()
-            one = lora.to(self.images.device)
-            kept, logits = [], []
+            own = lora.to(self.images.device)
+            order, logits, survivors = [], [], self.vit.config.patches
             for batch in pixels.split(batch_size):
                 images = self.vit.normalise(batch.float() / 255)
-                pruned = self.vit.encode(images, one, prune=prune)
-                kept.append(_by_importance(pruned.kept, pruned.cls_scores))
                 # The teacher is the LoRA's whole network: it sees all patches.
-                features = self.vit(images, one) if prune else pruned.features
-                logits.append(one.head(features.float()))
+                whole = self.vit.encode(images, own)
+                importance = whole.cls_scores
+                if prune:
+                    pruned = self.vit.encode(images, own, prune=prune)
+                    survivors = pruned.kept.shape[1]
+                    importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
+                order.append(importance.sort(dim=1, descending=True, stable=True).indices)
+                logits.append(own.head(whole.features.float()))
             results.append(
                 TaskImages(
-                    task,
-                    pixels.cpu(),
-                    self.labels.cpu(),
-                    torch.cat(kept).cpu(),
-                    torch.cat(logits).cpu(),
-                    self.vit.config.patches,
-                    lora.class_names,
-                    lora.name,
-                )  # fmt: skip
+                    task=task,
+                    images=pixels.cpu(),
+                    labels=self.labels.cpu(),
+                    order=torch.cat(order).cpu(),
+                    survivors=survivors,
+                    teacher_logits=torch.cat(logits).cpu(),
+                    class_names=lora.class_names,
+                    name=lora.name,
+                )
             )
         return results
 
@@ -271,19 +268,19 @@ class InversionGroup:
         return True
 
 
-def _by_importance(kept: Tensor, scores: Tensor) -> Tensor:
-    """Surviving patches, the most attended first.
+def _survivors_first(whole: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
+    """Importance of all patches in which every survivor of pruning beats every other patch.
 
-    Where the last block itself prunes, its scores cover the patches before that: the survivors are
-    then the best of them, in the same order.
+    Args:
+        whole: (B, n), last block's CLS attention of the unpruned network.
+        kept: (B, k), survivors, ascending.
+        scores: (B, k') of the pruned network's last block; where that block prunes too, k' > k:
+            the survivors are then its k best, so their own scores are the k highest.
     """
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : kept.shape[1]]
-    if scores.shape[1] == kept.shape[1]:
-        return kept.gather(1, order)
-    # positions of the survivors among the patches before the last drop, ascending like `kept`
-    position = order.sort(dim=1).values
-    rank = torch.searchsorted(position, order)
-    return kept.gather(1, rank)
+    if scores.shape[1] > kept.shape[1]:
+        scores = scores.gather(1, top_patches(scores, kept.shape[1]))
+    # attention weights are at most 1
+    return whole.scatter(1, kept, scores + 1)
 
 
 def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) -> None:
@@ -299,9 +296,9 @@ def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) ->
         lora.check(vit.config, who=f"LoRA {i}")
         if lora.head is None:
             raise ValueError(
-                f"{lora.name or f'LoRA {i}'}: inversion needs the LoRA's classification head (Eq. 1),"
-                " got none; add head.safetensors (weight (classes, features), bias) to its folder or"
-                " save it with modules_to_save"
+                f"{lora.name or f'LoRA {i}'}: inversion needs the LoRA's classification head"
+                " (Eq. 1), got none; add head.safetensors (weight (classes, features), bias) to its"
+                " folder or save it with modules_to_save"
             )
     ways = {lora.head.classes for lora in loras if lora.head is not None}
     if len(ways) > 1:

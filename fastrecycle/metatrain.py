@@ -18,8 +18,9 @@ from torch import Tensor
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
-from fastrecycle.inversion import OnStep, autocast
+from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
+from fastrecycle.ops import autocast
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -229,9 +230,10 @@ class MetaTrainer:
         self.sampler = EpisodeSampler(pool, config, seed)
         self.images = pool.images.to(device)
         self.logits = pool.teacher_logits.to(device)
-        self.order = pool.kept.to(device)  # most important patch first
+        self.order = pool.order.to(device)  # most important patch first
         self.patches = pool.patches
-        pool.keep(config.sparsity)  # raises if inversion left too few patches
+        if config.sparsity > 0 and config.sparsity_per == "batch":
+            pool.keep(config.sparsity)  # raises if inversion left too few patches
         self.vit = vit
         blocks = config.learned_blocks(vit.config.depth)
         lora = LoRA.init(

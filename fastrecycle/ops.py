@@ -10,6 +10,7 @@ run's manifest; an operation itself never falls back to another implementation.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ Backend = Literal["auto", "compile", "reference"]
 
 
 def resolve_backend(backend: Backend, device: torch.device) -> Literal["compile", "reference"]:
-    """ "auto" is "compile" on CUDA, where it pays for its build time, and "reference" elsewhere.
+    """Resolve "auto": "compile" on CUDA, where it pays for its build time; else "reference".
 
     Raises:
         ValueError: no such backend.
@@ -33,6 +34,13 @@ def resolve_backend(backend: Backend, device: torch.device) -> Literal["compile"
     if backend not in ("compile", "reference"):
         raise ValueError(f'backend: expected "auto", "compile" or "reference", got {backend!r}')
     return backend
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 products with fp32 parameters, norms, softmax and losses; nothing for "fp32"."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 def _check_low_rank(name: str, x: Tensor, lora: LowRank, d_out: int, index: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """The synthetic pool: images made from LoRAs, with what meta-training needs to know of them.
 
-M images of G LoRAs, S side, k surviving patches, C classes of the largest head.
+M images of G LoRAs, S side, n patches, k of them surviving, C classes of the largest head.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class TaskImages:
     task: int  # index of the LoRA in its bank
     images: Tensor  # (m, 3, S, S) uint8 pixels
     labels: Tensor  # (m,) int64, rows of the LoRA's head
-    kept: Tensor  # (m, k) int64, surviving patches, the most important first
+    order: Tensor  # (m, n) int64, all patches, the survivors of pruning first, best first
+    survivors: int  # k, patches that pruning left
     teacher_logits: Tensor  # (m, classes) float32, of the LoRA's own network on these images
-    patches: int  # of a whole image
     class_names: tuple[str, ...] | None = None
     name: str | None = None
 
@@ -40,7 +40,7 @@ class TaskImages:
         tensors = {
             "images": self.images,
             "labels": self.labels.to(torch.int32),
-            "kept": self.kept.to(torch.int32),
+            "order": self.order.to(torch.int32),
             "teacher_logits": self.teacher_logits,
         }
         save_safetensors(path, tensors, {"fastrecycle.task": json.dumps(meta)})
@@ -54,16 +54,21 @@ class TaskImages:
 
         """
         tensors, metadata = load_safetensors(path)
-        needed = {"images", "labels", "kept", "teacher_logits"}
+        needed = {"images", "labels", "order", "teacher_logits"}
         if "fastrecycle.task" not in metadata or not needed <= set(tensors):
             raise ValueError(f"{path}: not a file of a synthetic pool; expected {sorted(needed)}")
         meta = json.loads(metadata["fastrecycle.task"])
         names = meta["class_names"]
         return TaskImages(
-            meta["task"], tensors["images"], tensors["labels"].long(), tensors["kept"].long(),
-            tensors["teacher_logits"], meta["patches"], tuple(names) if names else None,
-            meta["name"],
-        )  # fmt: skip
+            task=meta["task"],
+            images=tensors["images"],
+            labels=tensors["labels"].long(),
+            order=tensors["order"].long(),
+            survivors=meta["survivors"],
+            teacher_logits=tensors["teacher_logits"],
+            class_names=tuple(names) if names else None,
+            name=meta["name"],
+        )
 
 
 class SyntheticPool:
@@ -73,7 +78,9 @@ class SyntheticPool:
         images: (M, 3, S, S) uint8 pixels.
         labels: (M,) int64, row of the own LoRA's head.
         tasks: (M,) int64, position of the LoRA in this pool.
-        kept: (M, k) int64, surviving patches, the most important first.
+        order: (M, n) int64, all patches: those that survived pruning first, each part by the last
+            block's CLS attention, the most important first.
+        kept: (M, k) int64, the patches that survived pruning, ascending.
         teacher_logits: (M, C) float32, -inf where a LoRA's head has fewer than C classes.
         classes: (M,) int64: which class an image shows, over all LoRAs. By name where the bank has
             names; otherwise every LoRA's labels are classes of their own.
@@ -85,17 +92,18 @@ class SyntheticPool:
         if not parts:
             raise ValueError("SyntheticPool: expected images of at least one LoRA, got none")
         sides = {p.images.shape[-1] for p in parts}
-        kept = {p.kept.shape[1] for p in parts}
+        kept = {p.survivors for p in parts}
         if len(sides) > 1 or len(kept) > 1:
             raise ValueError(
                 "SyntheticPool: images of one size and one number of kept patches expected, got"
                 f" sides {sorted(sides)} and {sorted(kept)} patches"
             )
         self.parts = tuple(parts)
-        self.patches = parts[0].patches
+        self.order = torch.cat([p.order for p in parts])
+        self.patches, self.survivors = self.order.shape[1], parts[0].survivors
+        self.kept = self.order[:, : self.survivors].sort(dim=1).values
         self.images = torch.cat([p.images for p in parts])
         self.labels = torch.cat([p.labels for p in parts])
-        self.kept = torch.cat([p.kept for p in parts])
         self.tasks = torch.cat([torch.full_like(p.labels, i) for i, p in enumerate(parts)])
         widest = max(p.teacher_logits.shape[1] for p in parts)
         self.teacher_logits = torch.cat(
@@ -132,13 +140,13 @@ class SyntheticPool:
 
         """
         count = kept_count(self.patches, sparsity)
-        if count > self.kept.shape[1]:
+        if count > self.survivors:
             raise ValueError(
                 f"sparsity: {sparsity} asks for {count} of {self.patches} patches, but inversion"
-                f" pruned down to {self.kept.shape[1]}; use at least"
-                f" {1 - self.kept.shape[1] / self.patches:.2f}"
+                f" pruned down to {self.survivors}; use at least"
+                f" {1 - self.survivors / self.patches:.2f}"
             )
-        return self.kept[:, :count].sort(dim=1).values
+        return self.order[:, :count].sort(dim=1).values
 
     def save(self, folder: str | Path) -> None:
         """Write one safetensors file a LoRA."""

@@ -56,8 +56,16 @@ class ViTConfig:
                 f"image_size: must be a multiple of patch_size {self.patch_size},"
                 f" got {self.image_size}"
             )
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width: must be a multiple of heads {self.heads}, got {self.width}")
+        if self.activation not in ("gelu", "quick_gelu"):
+            raise ValueError(f'activation: must be "gelu" or "quick_gelu", got {self.activation!r}')
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not (isinstance(values, tuple) and len(values) == 3):
+                raise ValueError(f"{name}: must be a tuple of 3 numbers, got {values!r}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: must be above 0, got {self.std}")
 
     @property
     def grid(self) -> int:
@@ -152,9 +160,17 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, d)
 
     def attend(
-        self, x: Tensor, lora: dict, lora_index: Tensor | None, with_scores: bool
+        self,
+        x: Tensor,
+        lora: dict,
+        lora_index: Tensor | None,
+        with_scores: bool,
+        packing: tuple[Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """X + attention(norm1(x)), and the CLS scores over all tokens (Eq. 5) if asked for."""
+        """Add attention(norm1(x)) to x; also the CLS scores over all tokens (Eq. 5) if asked for.
+
+        x is (B, N, D), or (1, T, D) with packing = (cu_seqlens, longest).
+        """
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
         qkv = ops.lora_qkv(
             self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index
@@ -258,7 +274,7 @@ class ViT(nn.Module):
 
     @staticmethod
     def from_state_dict(
-        state_dict: Mapping[str, Tensor], config: ViTConfig | Mapping[str, Any] | None = None
+        state_dict: Mapping[str, Tensor], config: ViTConfig | Mapping[str, Any] | str | None = None
     ) -> ViT:
         """From the weights of OpenAI's or open_clip's CLIP, Hugging Face's CLIPVisionModel,
         CLIPModel or ViT, timm's ViT or DeiT, or LV-ViT; the layout is detected from the names.
@@ -266,7 +282,7 @@ class ViT(nn.Module):
         Args:
             state_dict: tensors by name, in any float dtype; loaded as float32.
             config: what names and shapes cannot tell ("activation", "mean", "std", "heads", ...),
-                as a dict of `ViTConfig` fields, or a whole `ViTConfig`.
+                as a dict of `ViTConfig` fields, a whole `ViTConfig`, or a preset's name.
 
         Raises:
             ValueError: unknown layout, missing or misshaped tensors, NaN, or something that must
@@ -275,12 +291,12 @@ class ViT(nn.Module):
         """
         from fastrecycle.weights import convert
 
-        full, ours = convert(dict(state_dict), config)
+        full, ours = convert(state_dict, config)
         return ViT._load(full, ours)
 
     @staticmethod
     def from_pretrained(
-        source: str | Path, config: ViTConfig | Mapping[str, Any] | None = None
+        source: str | Path, config: ViTConfig | Mapping[str, Any] | str | None = None
     ) -> ViT:
         """From "demo", a file or folder, "open_clip:MODEL/PRETRAINED", "timm:NAME" or "hf:REPO_ID".
 
@@ -293,15 +309,39 @@ class ViT(nn.Module):
             ValueError: see `from_state_dict`; also damaged files.
 
         """
-        from fastrecycle.weights import load_source
+        from fastrecycle.sources import load_source
 
         full, ours = load_source(source, config)
         return ViT._load(full, ours)
 
+    def save(
+        self,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one safetensors file that `from_pretrained` reads without being told anything.
+
+        Args:
+            path: of the file, replaced atomically.
+            dtype: of the stored weights, torch.float32 or torch.float16.
+            card: anything JSON about the weights: data, recipe, accuracy, licence.
+
+        Raises:
+            ValueError: another dtype, or weights that it cannot hold.
+            OSError: the file cannot be written.
+
+        """
+        from fastrecycle.weights import save_vit
+
+        save_vit(self, path, dtype, card)
+
     @staticmethod
     def _load(config: ViTConfig, tensors: Mapping[str, Tensor]) -> ViT:
-        vit = ViT(config)
-        vit.load_state_dict(tensors, strict=True)
+        with torch.device("meta"):  # no time spent on initial values that are replaced
+            vit = ViT(config)
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        vit.load_state_dict(copies, strict=True, assign=True)
         return vit.requires_grad_(False).eval()
 
     # ------------------------------------------------------------------ images
@@ -325,15 +365,19 @@ class ViT(nn.Module):
         return torch.stack([self.transform(image) for image in images])
 
     def _transform_one(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.resize(image).float() / 255)
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """The 8-bit pixels that `transform` normalises: (3, S, S) uint8."""
         side = self.config.image_size
         image = image.convert("RGB")
         shorter = min(image.size)
-        width, height = (max(side, round(x * side / shorter)) for x in image.size)
+        # truncated size and rounded offset, as torchvision has them: other choices shift by a pixel
+        width, height = (int(x * side / shorter) for x in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - side) // 2, (height - side) // 2
+        left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return self.normalise(pixels)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, S, S) in [0, 1] to the backbone's input space."""
@@ -388,7 +432,7 @@ class ViT(nn.Module):
             prune: {block: ratio}, 0-based: after that block's attention and its residual, before
                 its MLP, int(ratio * patches) of the current patches with the lowest head-averaged
                 CLS attention are dropped (Eq. 5). Survivors keep their own residual; prefix tokens
-                always stay; no gradient reaches what was dropped.
+                always stay; the choice carries no gradient.
             keep: (B, k) int64 patch indices: only these are embedded and fed forward (Sec. 4.3).
 
         Raises:
@@ -439,6 +483,8 @@ class ViT(nn.Module):
             )
         config, p, g = self.config, self.config.patch_size, self.config.grid
         stack = lora.stack() if isinstance(lora, LoRA) else lora
+        if stack is not None:
+            stack.check_depth(self.config.depth)
         patches = images.unflatten(3, (g, p)).unflatten(2, (g, p)).permute(0, 2, 4, 1, 3, 5)
         patches = patches.flatten(3).flatten(1, 2)  # (B, n, 3 P P)
         tokens = nn.functional.linear(
@@ -490,6 +536,8 @@ class ViT(nn.Module):
         self._check(images, keep)
         config = self.config
         stack = lora.stack() if isinstance(lora, LoRA) else lora
+        if stack is not None:
+            stack.check_depth(self.config.depth)
         patches = config.patches if keep is None else keep.shape[1]
         counts = patches_after_blocks(patches, config.depth, prune)
         if keep is None:

@@ -1,0 +1,214 @@
+"""Fine-tuning-free evaluation: 600 frozen few-shot tasks, each image embedded once (Sec. 3, 5).
+
+N images, F features, T tasks, W ways, K shots, Q queries a class. Run as a command:
+`python -m fastrecycle.eval --dataset cub`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrecycle.classifier import Distance, class_means, prototype_logits
+from fastrecycle.data import Episodes, ImageDataset, episodes, load_dataset
+from fastrecycle.lora import LoRA
+from fastrecycle.ops import autocast
+from fastrecycle.vit import ViT
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracy on a task list, in percent."""
+
+    accuracy: float  # mean over tasks
+    ci95: float  # half width of its 95 % interval, 1.96 sigma / sqrt(T)
+    per_task: np.ndarray  # (T,)
+
+    @staticmethod
+    def of(per_task: np.ndarray) -> Result:
+        """From the accuracy of each task, in percent."""
+        spread = per_task.std(ddof=1) if len(per_task) > 1 else float("nan")
+        half = 1.96 * spread / len(per_task) ** 0.5
+        return Result(float(per_task.mean()), float(half), per_task)
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.2f} ± {self.ci95:.2f} %"
+
+    def minus(self, other: Result) -> Result:
+        """Paired difference on the same tasks, in points, with its own interval.
+
+        Raises:
+            ValueError: the task lists have different lengths.
+        """
+        if len(self.per_task) != len(other.per_task):
+            raise ValueError(
+                f"minus: results on the same tasks expected, got {len(self.per_task)} and"
+                f" {len(other.per_task)} tasks"
+            )
+        return Result.of(self.per_task - other.per_task)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A decoded and resized split, kept as 8-bit pixels to be embedded again and again."""
+
+    pixels: Tensor  # (N, 3, S, S) uint8
+    labels: np.ndarray  # (N,) int64
+    class_names: tuple[str, ...]
+    name: str
+
+    def to(self, device: torch.device | str) -> Pixels:
+        """The same with its pixels on another device."""
+        return Pixels(self.pixels.to(device), self.labels, self.class_names, self.name)
+
+
+def decode(
+    vit: ViT,
+    dataset: Any,
+    split: str = "test",
+    data_root: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Pixels:
+    """Decode and resize a whole split for a backbone.
+
+    Args:
+        vit: decides the size.
+        dataset: what `load_dataset` takes.
+        split: "train", "val" or "test".
+        data_root: where registered data sets are.
+        progress: called with (images done, images in all).
+    """
+    source = load_dataset(dataset, split, data_root)
+    batches = []
+    for batch in source.images(np.arange(len(source)), vit.resize):
+        batches.append(batch)
+        if progress is not None:
+            progress(sum(map(len, batches)), len(source))
+    return Pixels(torch.cat(batches), source.labels, source.class_names, source.name)
+
+
+@torch.no_grad()
+def embed(
+    vit: ViT,
+    lora: LoRA | None,
+    images: ImageDataset | Pixels,
+    indices: np.ndarray | None = None,
+    *,
+    prune: dict[int, float] | None = None,
+    batch_size: int = 128,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Features of the images at `indices` (all by default), in their order: (n, F) float32."""
+    device = vit.pos_embed.device
+    lora = None if lora is None else lora.to(device)
+    indices = np.arange(len(images.labels)) if indices is None else indices
+    if isinstance(images, Pixels):
+        rows = torch.from_numpy(indices).to(images.pixels.device)
+        batches = (images.pixels[part] for part in rows.split(batch_size))
+    else:
+        batches = iter(images.images(indices, vit.resize, batch_size))
+    features: list[Tensor] = []
+    done = 0
+    for batch in batches:
+        with autocast(device, precision):
+            out = vit(vit.normalise(batch.to(device).float() / 255), lora, prune=prune)
+        features.append(out.float())
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(indices))
+    return torch.cat(features)
+
+
+def score_episodes(
+    features: Tensor, tasks: Episodes, distance: Distance = "euclidean", batch: int = 50
+) -> Result:
+    """Accuracy of nearest prototypes on each task, from the features of all images (Eq. 3b)."""
+    truth = torch.from_numpy(tasks.query_ways).to(features.device)
+    per_task = []
+    for start in range(0, len(tasks), batch):
+        support = torch.from_numpy(tasks.support[start : start + batch]).to(features.device)
+        query = torch.from_numpy(tasks.query[start : start + batch]).to(features.device)
+        prototypes = class_means(features[support], tasks.ways)
+        guess = prototype_logits(prototypes, features[query], distance).argmax(-1)
+        per_task.append((guess == truth).float().mean(1))
+    return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
+
+
+def evaluate(
+    vit: ViT,
+    lora: LoRA | None,
+    dataset: Any,
+    *,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    tasks: int = 600,
+    split: str = "test",
+    seed: int = 0,
+    distance: Distance = "euclidean",
+    prune: dict[int, float] | None = None,
+    data_root: str | Path | None = None,
+    batch_size: int = 128,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Result:
+    """Accuracy of a meta-LoRA (None: plain nearest class centre) without fine-tuning.
+
+    The task list depends on the labels, the task's shape and the seed alone, so results of several
+    LoRAs are paired: `a.minus(b)` has the interval of their difference. Each image is embedded
+    once, on the device of the backbone.
+
+    Args:
+        vit: the backbone.
+        lora: see above.
+        dataset: a registered name, a folder, zip or tar of class folders, `(images, labels)`, or
+            what `decode` returned.
+        ways, shots, queries, tasks: shape and number of the tasks.
+        split: "train", "val" or "test".
+        seed: of the task list.
+        distance: "euclidean", "squared" or "cosine".
+        prune: prune test images too (another protocol than the paper's; say so).
+        data_root: where registered data sets are; None: the environment's FASTRECYCLE_DATA.
+        batch_size: images a forward pass.
+        precision: "fp32" or "bf16".
+        progress: called with (images embedded, images in all).
+
+    Raises:
+        FileNotFoundError: no such data set; the text says what to put where.
+        ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
+    """
+    if lora is not None:
+        lora.check(vit.config)
+    source = dataset if isinstance(dataset, Pixels) else load_dataset(dataset, split, data_root)
+    drawn = episodes(
+        source.labels, ways, shots, queries, tasks, seed, class_names=source.class_names
+    )
+    used = drawn.images
+    features = embed(
+        vit, lora, source, used, prune=prune, batch_size=batch_size, precision=precision,
+        progress=progress,
+    )  # fmt: skip
+    everywhere = features.new_zeros(len(source.labels), features.shape[1])
+    everywhere[torch.from_numpy(used).to(features.device)] = features
+    return score_episodes(everywhere, drawn, distance)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m fastrecycle.eval`: returns the exit status."""
+    from fastrecycle.cli import run_eval
+
+    return run_eval(sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

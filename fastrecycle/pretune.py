@@ -1,0 +1,162 @@
+"""Pre-tuning: a bank of LoRAs with heads, each on its own few-way task of a labelled data set.
+
+G LoRAs side by side, b images of each, W ways, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastrecycle.config import PretuneConfig
+from fastrecycle.eval import Pixels
+from fastrecycle.inversion import OnStep
+from fastrecycle.lora import Head, LoRA, LoRABank, LoRAStack
+from fastrecycle.ops import autocast
+from fastrecycle.vit import ViT
+
+
+def pretune(
+    vit: ViT,
+    data: Pixels,
+    config: PretuneConfig | None = None,
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+    on_step: OnStep | None = None,
+    on_lora: Callable[[int, LoRA], None] | None = None,
+    done: frozenset[int] = frozenset(),
+) -> LoRABank:
+    """Train `config.num` LoRAs on random `config.ways`-way tasks of a labelled split.
+
+    Several run side by side in one batch, each image under its own LoRA; their losses are summed,
+    so each trains as it would alone. A LoRA's classes, start and batches depend on the seed and its
+    number only.
+
+    Args:
+        vit: the frozen backbone, on the device to use.
+        data: decoded images, see `fastrecycle.eval.decode`.
+        config: see `PretuneConfig`.
+        seed: of everything drawn.
+        precision: "fp32" or "bf16".
+        on_step: called with the steps done in all (LoRAs times steps), loss and accuracy.
+        on_lora: called with each finished LoRA and its number.
+        done: numbers to leave out, because they were finished before.
+
+    Returns:
+        The bank without those in `done`.
+
+    Raises:
+        ValueError: fewer classes than ways.
+    """
+    config = config or PretuneConfig()
+    classes = np.unique(data.labels)
+    if len(classes) < config.ways:
+        raise ValueError(f"ways: {data.name} has {len(classes)} classes, fewer than {config.ways}")
+    members = {int(c): np.flatnonzero(data.labels == c) for c in classes}
+    ranks = [config.rank[i % len(config.rank)] for i in range(config.num)]
+    todo = [i for i in range(config.num) if i not in done]
+    finished: list[LoRA] = []
+    steps_done = len(done) * config.steps
+    for start in range(0, len(todo), config.group):
+        group = todo[start : start + config.group]
+        report = None
+        if on_step is not None:
+            base, count = steps_done, len(group)
+
+            def report(step: int, values: dict[str, float], base=base, count=count) -> None:
+                on_step(base + step * count, values)
+
+        loras = _train_group(
+            vit, data, members, group, ranks, config, seed=seed, precision=precision, on_step=report
+        )
+        for number, lora in zip(group, loras, strict=True):
+            finished.append(lora)
+            if on_lora is not None:
+                on_lora(number, lora)
+        steps_done += len(group) * config.steps
+    return LoRABank(finished)
+
+
+def _train_group(
+    vit: ViT,
+    data: Pixels,
+    members: dict[int, np.ndarray],
+    group: list[int],
+    ranks: list[int],
+    config: PretuneConfig,
+    *,
+    seed: int,
+    precision: str,
+    on_step: OnStep | None,
+) -> list[LoRA]:
+    device = vit.pos_embed.device
+    rngs = [np.random.Generator(np.random.Philox(key=[seed, number])) for number in group]
+    tasks = [rng.choice(np.array(list(members)), config.ways, replace=False) for rng in rngs]
+    starts = [
+        LoRA.init(
+            vit.config, ranks[number], config.alpha, config.targets, seed=seed * 100_003 + number
+        )
+        for number in group
+    ]
+    stack = LoRAStack.of(starts).to(device)
+    weight = torch.zeros(len(group), config.ways, vit.config.features, device=device)
+    bias = torch.zeros(len(group), config.ways, device=device)
+    trained = [*stack.a.values(), *stack.b.values(), weight, bias]
+    for tensor in trained:
+        tensor.requires_grad_()
+    optimiser = torch.optim.Adam(trained, lr=config.lr)
+    index = torch.arange(len(group), device=device).repeat_interleave(config.batch_size)
+    pools = [np.concatenate([members[int(c)] for c in task]) for task in tasks]
+    ways = [np.repeat(np.arange(config.ways), [len(members[int(c)]) for c in t]) for t in tasks]
+    for step in range(config.steps):
+        chosen = [rng.integers(len(rows), size=config.batch_size) for rng, rows in zip(rngs, pools)]
+        rows = torch.from_numpy(np.concatenate([r[c] for r, c in zip(pools, chosen)]))
+        target = torch.from_numpy(np.concatenate([w[c] for w, c in zip(ways, chosen)])).to(device)
+        flips = torch.from_numpy(
+            np.concatenate([rng.random(config.batch_size) < config.flip for rng in rngs])
+        )
+        images = vit.normalise(data.pixels[rows.to(data.pixels.device)].to(device).float() / 255)
+        images = torch.where(flips.to(device)[:, None, None, None], images.flip(-1), images)
+        with autocast(device, precision):
+            features = vit(images, stack, lora_index=index)
+        features = features.float().unflatten(0, (len(group), -1))
+        logits = features @ weight.transpose(1, 2) + bias[:, None]
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), target, reduction="none"
+        ).unflatten(0, (len(group), -1))
+        gradients = torch.autograd.grad(losses.mean(1).sum(), trained)
+        for tensor, gradient in zip(trained, gradients, strict=True):
+            tensor.grad = gradient
+        optimiser.step()
+        if on_step is not None:
+            values = {}
+            if step % 20 == 19 or step == config.steps - 1:
+                right = (logits.flatten(0, 1).argmax(-1) == target).float().mean()
+                values = {"loss": losses.mean().item(), "accuracy": right.item()}
+            on_step(step + 1, values)
+    return [
+        _unstack(stack, i, start, Head(weight[i].detach().cpu(), bias[i].detach().cpu()),
+                 tuple(data.class_names[int(c)] for c in tasks[i]), f"{number:04d}")
+        for i, (number, start) in enumerate(zip(group, starts, strict=True))
+    ]  # fmt: skip
+
+
+def _unstack(
+    stack: LoRAStack, i: int, start: LoRA, head: Head, names: tuple[str, ...], name: str
+) -> LoRA:
+    """LoRA i of a stack, cut back to its own rank."""
+
+    def cut(tensors: dict[str, Tensor], rank_dim: int) -> dict[str, Tensor]:
+        return {
+            t: x[i].detach().cpu().narrow(rank_dim, 0, start.a[t].shape[1]).clone()
+            for t, x in tensors.items()
+        }
+
+    return replace(
+        start, a=cut(stack.a, 1), b=cut(stack.b, 2), head=head, class_names=names, name=name
+    )
