@@ -52,6 +52,15 @@ class Head:
         return Head(self.weight.to(*args, **kwargs), bias)
 
 
+def _depth_message(got: int, depth: int) -> str:
+    remedy = (
+        "if its last blocks were left alone on purpose, lora.fit(vit.config) adds them as zeros"
+        if got < depth
+        else "it belongs to another model"
+    )
+    return f"made for {got} blocks, the backbone has {depth}; {remedy}"
+
+
 @dataclass(frozen=True)
 class LoRAStack:
     """G LoRAs side by side, so that each image of a batch can run under its own."""
@@ -62,6 +71,17 @@ class LoRAStack:
 
     def __len__(self) -> int:
         return next(iter(self.scale.values())).shape[0] if self.scale else 0
+
+    def check_depth(self, depth: int) -> None:
+        """Raise unless these LoRAs have as many blocks as the backbone.
+
+        Raises:
+            ValueError: they have more or fewer.
+
+        """
+        got = next(iter(self.scale.values())).shape[1] if self.scale else depth
+        if got != depth:
+            raise ValueError(f"lora: {_depth_message(got, depth)}")
 
     def block(self, i: int) -> dict[str, LowRank]:
         """The factors of block i: target -> (a (G, R, d_in), b (G, d_out, R), scale (G,))."""
@@ -89,10 +109,17 @@ class LoRAStack:
                 continue
             rank = max(x.a[target].shape[1] for x in having)
             shapes = {(x.depth, x.a[target].shape[2], x.b[target].shape[1]) for x in having}
-            if len(shapes) > 1 or len({x.depth for x in loras}) > 1:
+            depths = {x.depth for x in loras}
+            if len(shapes) > 1 or len(depths) > 1:
                 raise ValueError(
                     f"LoRAStack.of: LoRAs of one model expected, got sizes (blocks, d_in, d_out)"
                     f" {sorted(shapes)} on {target}"
+                    + (
+                        f" and depths {sorted(depths)}; lora.fit(vit.config) gives each the"
+                        " backbone's depth"
+                        if len(depths) > 1
+                        else ""
+                    )
                 )
             depth, d_in, d_out = shapes.pop()
             like = having[0].a[target]
@@ -130,6 +157,8 @@ class LoRA:
     layout: str | None = None  # names of the model it came from: "hf_clip", "hf_vit", "timm", ...
     base_model: str | None = None
     name: str | None = None
+    prefix: str | None = None  # of the module names there, such as "vit."; None: the layout's own
+    head_module: str | None = None  # name of the head there, where PEFT trained it
 
     @staticmethod
     def init(
@@ -211,7 +240,11 @@ class LoRA:
     def clone(self) -> LoRA:
         """A detached copy that shares no memory."""
         copy = lambda d: {t: x.detach().clone() for t, x in d.items()}  # noqa: E731
-        return replace(self, a=copy(self.a), b=copy(self.b), scale=copy(self.scale))
+        head = self.head
+        if head is not None:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            head = Head(head.weight.detach().clone(), bias)
+        return replace(self, a=copy(self.a), b=copy(self.b), scale=copy(self.scale), head=head)
 
     def delta(self, target: str) -> Tensor:
         """The change of a weight matrix, scale b a: (L, d_out, d_in)."""
@@ -227,9 +260,7 @@ class LoRA:
         """
         who = self.name or who
         if self.depth != config.depth:
-            raise ValueError(
-                f"{who}: made for {self.depth} blocks, the backbone has {config.depth}"
-            )
+            raise ValueError(f"{who}: {_depth_message(self.depth, config.depth)}")
         sizes = target_sizes(config.width, config.mlp_dim)
         for target in self.a:
             d_in, d_out = sizes[target]
@@ -249,26 +280,79 @@ class LoRA:
                     f"{who}: the head expects {self.head.weight.shape[1]} features, the backbone"
                     f" gives {config.features}"
                 )
-            if not torch.isfinite(self.head.weight).all():
-                raise ValueError(f"{who}: the head holds NaN or infinity")
+            bias = self.head.bias
+            if bias is not None and bias.shape != (self.head.classes,):
+                raise ValueError(
+                    f"{who}: the head's bias must have shape ({self.head.classes},),"
+                    f" got {tuple(bias.shape)}"
+                )
+            for part in (self.head.weight, bias):
+                if part is not None and not torch.isfinite(part).all():
+                    raise ValueError(f"{who}: the head holds NaN or infinity")
             if self.class_names is not None and len(self.class_names) != self.head.classes:
                 raise ValueError(
                     f"{who}: the head has {self.head.classes} classes, but {len(self.class_names)}"
                     " class names are given"
                 )
 
-    def save(self, path: str | Path, layout: str | None = None) -> None:
+    def fit(self, config: ViTConfig) -> LoRA:
+        """The LoRA at a backbone's depth, checked against it.
+
+        A PEFT folder names the blocks it changes, not how many there are; blocks after the last
+        named one are added here as zeros, which change nothing.
+
+        Raises:
+            ValueError: see `check`.
+
+        """
+        more = config.depth - self.depth
+        lora = self
+        if more > 0:
+            zeros = lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:])))  # noqa: E731
+            lora = replace(
+                self,
+                a={t: zeros(x) for t, x in self.a.items()},
+                b={t: zeros(x) for t, x in self.b.items()},
+                scale={t: zeros(x) for t, x in self.scale.items()},
+                ranks={t: (*r, *(0,) * more) for t, r in self.ranks.items()},
+            )
+        lora.check(config)
+        return lora
+
+    def require_head(self) -> Head:
+        """The head, for a task that cannot do without it.
+
+        Raises:
+            ValueError: there is none; the text says how to add one.
+
+        """
+        if self.head is None:
+            raise ValueError(
+                f"{self.name or 'lora'}: has no head, so its classes cannot be told apart; put"
+                " head.safetensors (weight (C, features), bias (C,)) into its folder, or save it"
+                ' with PEFT\'s modules_to_save=["classifier"]'
+            )
+        return self.head
+
+    def save(
+        self, path: str | Path, layout: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Write a PEFT folder: adapter_config.json, adapter_model.safetensors, head.safetensors.
 
         Args:
             path: the folder.
-            layout: whose module names to use, "hf_clip", "hf_vit", "timm" or "open_clip"; None:
-                those it was loaded with, else "timm".
+            layout: whose module names to use: "hf_clip", "hf_vit" (transformers 5), "hf_vit_v4",
+                "timm" or "open_clip"; None: those it was loaded with, else "timm".
+            dtype: of the stored numbers; None for float32.
+
+        Raises:
+            ValueError: unknown layout, or numbers that are not finite in this dtype.
+            OSError: the folder cannot be written.
 
         """
         from fastrecycle.peft_format import write_peft
 
-        write_peft(self, Path(path), layout)
+        write_peft(self, Path(path), layout, dtype)
 
     @staticmethod
     def load(path: str | Path) -> LoRA:
@@ -298,16 +382,31 @@ class LoRA:
             ValueError: none are given, or they belong to different models.
 
         """
-        stack = LoRAStack.of(loras)
+        LoRAStack.of(loras)  # raises unless they belong together
         a, b, scale, ranks = {}, {}, {}, {}
-        for target in stack.a:
-            count, depth, rank, d_in = stack.a[target].shape
-            scaled = stack.b[target] * stack.scale[target][..., None, None] / count
-            a[target] = stack.a[target].transpose(0, 1).reshape(depth, count * rank, d_in)
-            b[target] = scaled.permute(1, 2, 0, 3).reshape(depth, -1, count * rank)
-            scale[target] = torch.ones_like(stack.scale[target][0])
-            ranks[target] = (count * rank,) * depth
-        return LoRA(a, b, scale, ranks, layout=loras[0].layout, base_model=loras[0].base_model)
+        for target in (t for t in TARGETS if any(t in x.a for x in loras)):
+            having = [x for x in loras if target in x.a]
+            pairs = []
+            for i in range(having[0].depth):
+                real = [(x, slice(x.ranks[target][i])) for x in having]
+                rows = torch.cat([x.a[target][i, r] for x, r in real])
+                columns = torch.cat(
+                    [x.b[target][i, :, r] * (x.scale[target][i] / len(loras)) for x, r in real], 1
+                )
+                if len(rows) > min(rows.shape[1], len(columns)):  # then the product is smaller
+                    rows, columns = torch.eye(rows.shape[1]).to(rows), columns @ rows
+                pairs.append((rows, columns))
+            ranks[target] = tuple(len(rows) for rows, _ in pairs)
+            most = max(ranks[target])
+            pad = torch.nn.functional.pad
+            a[target] = torch.stack([pad(x, (0, 0, 0, most - len(x))) for x, _ in pairs])
+            b[target] = torch.stack([pad(y, (0, most - len(x))) for x, y in pairs])
+            scale[target] = torch.tensor([float(r > 0) for r in ranks[target]]).to(a[target])
+        first = loras[0]
+        return LoRA(
+            a, b, scale, ranks, layout=first.layout, base_model=first.base_model,
+            prefix=first.prefix,
+        )  # fmt: skip
 
 
 class LoRABank(Sequence[LoRA]):
@@ -332,13 +431,36 @@ class LoRABank(Sequence[LoRA]):
         for i, lora in enumerate(self):
             lora.check(config, who=f"LoRA {i}")
 
-    def save(self, folder: str | Path, layout: str | None = None) -> None:
-        """Write one PEFT folder a LoRA, named as the LoRAs are, or 0000, 0001, ..."""
+    def fit(self, config: ViTConfig) -> LoRABank:
+        """Every LoRA at the backbone's depth, checked against it (see `LoRA.fit`)."""
+        return LoRABank([lora.fit(config) for lora in self])
+
+    def save(
+        self, folder: str | Path, layout: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write one PEFT folder a LoRA, named as the LoRAs are, or 0000, 0001, ...
+
+        Raises:
+            FileExistsError: the folder already holds other LoRAs, which `load` would mix in.
+            ValueError: see `LoRA.save`; a name that leads out of the folder.
+
+        """
+        folder = Path(folder)
         names = [x.name or f"{i:04d}" for i, x in enumerate(self)]
         if len(set(names)) < len(names):
             names = [f"{i:04d}" for i in range(len(self))]
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"LoRABank.save: {name!r} is no name for a folder in {folder}")
+        found = {p.parent.relative_to(folder) for p in folder.glob("**/adapter_config.json")}
+        others = sorted(str(p) for p in found - {Path(name) for name in names})
+        if others:
+            raise FileExistsError(
+                f"{folder}: already holds {len(others)} other LoRAs ({', '.join(others[:3])}...);"
+                " choose an empty folder, or delete them"
+            )
         for lora, name in zip(self, names, strict=True):
-            lora.save(Path(folder) / name, layout)
+            lora.save(folder / name, layout, dtype)
 
     @staticmethod
     def load(folder: str | Path) -> LoRABank:
@@ -363,6 +485,8 @@ class LoRABank(Sequence[LoRA]):
             raise FileNotFoundError(f"{folder}: no PEFT folder (adapter_config.json) in it")
         loras = []
         for path in found:
-            lora = read_peft(path)
-            loras.append(replace(lora, name=lora.name or path.relative_to(folder).as_posix()))
+            below = path.relative_to(folder)
+            loras.append(
+                replace(read_peft(path), name=below.as_posix() if below.name else path.name)
+            )
         return LoRABank(loras)
