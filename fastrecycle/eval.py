@@ -188,7 +188,7 @@ def evaluate(
         ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
     """
     if lora is not None:
-        lora.check(vit.config)
+        lora = lora.fit(vit.config)
     source = dataset if isinstance(dataset, Pixels) else load_dataset(dataset, split, data_root)
     drawn = episodes(
         source.labels, ways, shots, queries, tasks, seed, class_names=source.class_names

@@ -474,9 +474,9 @@ class LoRABank(Sequence[LoRA]):
         from fastrecycle.peft_format import read_peft
 
         if str(folder) == "demo":
-            from fastrecycle.assets import demo_bank
+            from fastrecycle.assets import asset
 
-            return demo_bank()
+            return LoRABank.load(asset("bank"))
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a bank is a folder of PEFT folders")

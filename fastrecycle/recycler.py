@@ -99,7 +99,8 @@ class MetaLoRARecycler:
         self.precision = resolve_precision(precision, self.device)
         self.inversion = inversion or InversionConfig()
         self.meta = meta or MetaConfig()
-        self.bank = bank if isinstance(bank, LoRABank) else LoRABank(bank)
+        bank = bank if isinstance(bank, LoRABank) else LoRABank(bank)
+        self.bank = bank.fit(vit.config)
         for indices in groups(self.bank, self.inversion.group):
             check_inversion(vit, [self.bank[i] for i in indices], self.inversion)
         network = load_prior(prior)

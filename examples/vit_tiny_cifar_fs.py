@@ -1,0 +1,272 @@
+"""LoRA Recycle on real images: ViT-Ti/16 at 224 pixels, a ResNet-50 prior, CIFAR-FS.
+
+Stages, each resumable or repeatable on its own (`--help` of each lists its options):
+
+    python examples/vit_tiny_cifar_fs.py decode     # resize the splits once
+    python examples/vit_tiny_cifar_fs.py bank       # LoRAs from the 64 training classes
+    python examples/vit_tiny_cifar_fs.py invert     # synthetic images
+    python examples/vit_tiny_cifar_fs.py meta       # meta-LoRAs, one for each named variant
+    python examples/vit_tiny_cifar_fs.py test       # test tasks of chosen meta-LoRAs
+
+Choices are made on the validation classes; `test` alone touches test images. The data folder holds
+cifar_fs_{train,val,test}.zip and weights/{vit_tiny_patch16_224_augreg,
+resnet50_v1_stem_to_layer3}.safetensors. Made for one GPU; docs/results.md has its tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fastrecycle import LoRA, LoRABank, MetaConfig, PretuneConfig, SyntheticPool, ViT, evaluate
+from fastrecycle.config import InversionConfig
+from fastrecycle.eval import Pixels, decode
+from fastrecycle.files import atomic_write
+from fastrecycle.inversion import invert
+from fastrecycle.metatrain import meta_train
+from fastrecycle.pretune import pretune
+from fastrecycle.prior import load_prior
+
+HALF = (0.5, 0.5, 0.5)
+BANK = PretuneConfig()
+INVERSION = InversionConfig(images_per_class=10, iterations=300, group=8)
+DENSE = MetaConfig(steps=1000, queries=9)
+VARIANTS: dict[str, MetaConfig] = {
+    "dense": DENSE,
+    "flip_only": replace(DENSE, resolution=(0.0, 0.0)),
+    "no_interpolation": replace(DENSE, interpolation=0.0),
+    "interpolation_1": replace(DENSE, interpolation=1.0),
+    "lr1e3": replace(DENSE, lr=1e-3),
+    "tasks4": replace(DENSE, tasks=4),
+    "tasks4_lr1e3": replace(DENSE, tasks=4, lr=1e-3),
+    "ema": replace(DENSE, ema=0.99),
+    "steps3000": replace(DENSE, steps=3000),
+    "cosine3000": replace(DENSE, steps=3000, schedule="cosine"),
+    "narrow": replace(DENSE, resolution=(24 / 224, 48 / 224)),
+    "last6": replace(DENSE, learn="last:6"),
+    "s25": replace(DENSE, sparsity=0.25, sparsity_per="batch"),
+    "s50": replace(DENSE, sparsity=0.50, sparsity_per="batch"),
+    "s75": replace(DENSE, sparsity=0.75, sparsity_per="batch"),
+    "s25_image": replace(DENSE, sparsity=0.25),
+    "s50_image": replace(DENSE, sparsity=0.50),
+    "s75_image": replace(DENSE, sparsity=0.75),
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every stage."""
+
+    # Folder of the data set archives and of weights/.
+    data_root: Path = Path(os.environ.get("FASTRECYCLE_DATA", "data"))
+    # Folder of everything made here.
+    work: Path = Path("runs/vit_tiny_cifar_fs")
+    # Seed of the stage.
+    seed: int = 0
+    # bf16 or fp32.
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # compile or reference.
+    backend: Literal["compile", "reference"] = "compile"
+    # cuda or cpu.
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def vit(self) -> ViT:
+        """The backbone."""
+        path = self.data_root / "weights/vit_tiny_patch16_224_augreg.safetensors"
+        return ViT.from_pretrained(path, config={"mean": HALF, "std": HALF}).to(self.device)
+
+    def pixels(self, split: str) -> Pixels:
+        """A decoded split on the device."""
+        stored = np.load(self.work / f"{split}.npz")
+        names = tuple(stored["names"].tolist())
+        on_device = torch.from_numpy(stored["pixels"]).to(self.device)
+        return Pixels(on_device, stored["labels"], names, f"cifar_fs {split}")
+
+
+def say(stage: str, **values: object) -> None:
+    """One JSON line to the standard output, with the time of day."""
+    print(json.dumps({"t": round(time.time() % 100_000, 1), "stage": stage, **values}), flush=True)
+
+
+def decode_splits(common: Common, splits: tuple[str, ...] = ("train", "val", "test")) -> None:
+    """Resize the splits to 224 pixels and keep them as arrays."""
+    vit = common.vit()
+    common.work.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        start = time.time()
+        data = decode(vit, "cifar_fs", split, common.data_root)
+        np.savez(
+            common.work / f"{split}.npz",
+            pixels=data.pixels.numpy(),
+            labels=data.labels,
+            names=np.array(data.class_names),
+        )
+        say("decode", split=split, images=len(data.labels), seconds=round(time.time() - start, 1))
+
+
+def bank(common: Common, config: PretuneConfig = BANK, name: str = "bank") -> None:
+    """Pre-tune LoRAs on random tasks of the training classes."""
+    start = time.time()
+    last: dict[str, float] = {}
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        last.update(values)
+
+    loras = pretune(
+        common.vit(), common.pixels("train"), config, seed=common.seed,
+        precision=common.precision, on_step=on_step,
+    )  # fmt: skip
+    loras.save(common.work / name)
+    say("bank", loras=len(loras), seconds=round(time.time() - start, 1), **last)
+
+
+def invert_bank(
+    common: Common,
+    config: InversionConfig = INVERSION,
+    name: str = "pool",
+    bank: str = "bank",
+    prior: bool = True,
+    control: Literal["none", "untrained", "shuffled_heads"] = "none",
+    first: int = 30,
+) -> None:
+    """Invert the first LoRAs of the bank; `control` spoils them first."""
+    loras = list(LoRABank.load(common.work / bank))[:first]
+    vit = common.vit()
+    if control == "untrained":
+        loras = [
+            replace(LoRA.init(vit.config, seed=i), head=x.head, class_names=x.class_names)
+            for i, x in enumerate(loras)
+        ]
+    if control == "shuffled_heads":  # each LoRA under the head of the next
+        loras = [replace(x, head=y.head) for x, y in zip(loras, loras[1:] + loras[:1], strict=True)]
+    network = None
+    if prior:
+        network = load_prior(
+            common.data_root / "weights/resnet50_v1_stem_to_layer3.safetensors",
+            stride_in="conv1",
+            eps=1.001e-5,
+        ).to(common.device)
+    start = time.time()
+    first_step: list[float] = []
+
+    def on_step(done: int, values: dict[str, float]) -> None:
+        first_step.append(time.time())
+        if values and done % 2000 < 160:
+            say("invert", pool=name, done=done, **{k: round(v, 3) for k, v in values.items()})
+
+    parts = invert(
+        vit, loras, network, config, seed=common.seed, precision=common.precision,
+        compiled=common.backend == "compile", folder=common.work / name, on_step=on_step,
+    )  # fmt: skip
+    pool = SyntheticPool(parts)
+    right = (pool.teacher_logits.argmax(1) == pool.labels).float().mean().item()
+    seconds = time.time() - start
+    say(
+        "invert", pool=name, images=len(pool), seconds=round(seconds, 1),
+        first_steps_s=round(first_step[min(3, len(first_step) - 1)] - start, 1),
+        image_iterations_per_s=round(len(pool) * config.iterations / seconds),
+        teacher_accuracy=round(100 * right, 2),
+    )  # fmt: skip
+
+
+def meta(
+    common: Common,
+    variants: tuple[str, ...] = ("dense",),
+    pool: str = "pool",
+    first: int = 0,
+    minutes: float = 8.0,
+    steps: int = 0,
+    five_shot: bool = True,
+) -> None:
+    """Meta-train the named variants and score them on validation tasks.
+
+    Args:
+        common: options of every stage.
+        variants: of the table in this file; "name@shots5" trains with five support images.
+        pool: name of the pool.
+        first: LoRAs of the pool to use; 0 for all.
+        minutes: no further variant starts after this.
+        steps: overrides the variant's steps; 0 keeps them.
+        five_shot: also score 5-shot tasks.
+    """
+    start = time.time()
+    vit, val = common.vit(), common.pixels("val")
+    images = SyntheticPool.load(common.work / pool)
+    if first:
+        images = SyntheticPool(images.parts[:first])
+    for name in variants:
+        if time.time() - start > 60 * minutes:
+            say("meta", variant=name, skipped="out of time")
+            continue
+        config = VARIANTS[name]
+        if steps:
+            config = replace(config, steps=steps)
+        began = time.time()
+        result = meta_train(
+            vit, images, config, seed=common.seed, precision=common.precision,
+            compiled=common.backend == "compile",
+        )  # fmt: skip
+        torch.cuda.synchronize() if common.device == "cuda" else None
+        trained = time.time() - began
+        result.lora.save(common.work / "meta" / f"{pool}-{name}-{common.seed}")
+        scores = {}
+        for shots in (1, 5) if five_shot else (1,):
+            scores[f"val{shots}"] = str(evaluate(vit, result.lora, val, shots=shots, split="val"))
+        say(
+            "meta", variant=name, pool=pool, loras=len(images.parts), steps=config.steps,
+            seconds=round(trained, 1), seed=common.seed, **scores,
+        )  # fmt: skip
+
+
+def score(
+    common: Common,
+    loras: tuple[str, ...] = (),
+    bank: str = "bank",
+    cross: tuple[str, ...] = ("isic", "omniglot"),
+    split: str = "test",
+) -> None:
+    """Score plain nearest centres, averaged LoRAs and the named meta-LoRAs on test tasks."""
+    vit = common.vit()
+    sets: dict[str, object] = {"cifar_fs": common.pixels(split)}
+    for name in cross:
+        if list(common.data_root.glob(f"{name}*")):
+            sets[name] = decode(vit, name, "test", common.data_root).to(common.device)
+    rows: dict[str, LoRA | None] = {"nn": None}
+    if (common.work / bank).exists():
+        rows["average"] = LoRA.average(list(LoRABank.load(common.work / bank))[:30])
+    for name in loras:
+        rows[name] = LoRA.load(common.work / "meta" / name)
+    table = {}
+    for set_name, data in sets.items():
+        for shots in (1, 5):
+            plain = evaluate(vit, None, data, shots=shots)
+            for name, lora in rows.items():
+                result = plain if lora is None else evaluate(vit, lora, data, shots=shots)
+                gain = result.minus(plain)
+                table[f"{set_name}/{shots}/{name}"] = {
+                    "accuracy": result.accuracy,
+                    "ci95": result.ci95,
+                    "over_nn": gain.accuracy,
+                    "over_nn_ci95": 0.0 if lora is None else gain.ci95,
+                    "per_task": result.per_task.tolist(),
+                }
+                say("test", set=set_name, shots=shots, lora=name, result=str(result),
+                    over_nn=str(gain))  # fmt: skip
+    atomic_write(common.work / f"results-{split}.json", json.dumps(table))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"decode": decode_splits, "bank": bank, "invert": invert_bank, "meta": meta, "test": score},
+        args=sys.argv[1:],
+    )
