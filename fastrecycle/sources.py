@@ -1,0 +1,375 @@
+"""Where weights come from: files, folders, and the downloads of open_clip, timm and the Hub.
+
+What a library or the files beside the weights say of a model (activation, pixel statistics, heads)
+goes to `fastrecycle.weights.convert` together with the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastrecycle.files import load_safetensors, load_torch, read_json
+from fastrecycle.vit import PRESETS, ViTConfig
+from fastrecycle.weights import CONFIG_KEY, LayoutName, Told, check_fields, convert, detect, listed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_source(source: str | Path, config: Told = None) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """Config and tensors from "demo", a file or folder, or a library's own downloads.
+
+    Args:
+        source: "demo"; a .safetensors, .pt, .pth or .bin file, or a folder with one (or with an
+            index and its shards); "open_clip:MODEL/PRETRAINED", where PRETRAINED may be a file;
+            "timm:NAME"; "hf:OWNER/REPO", "hf:OWNER/REPO@REVISION".
+        config: see `convert`; it goes before what files beside the weights say.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no weights in it.
+        OSError: a download failed.
+        ValueError: damaged files, pickled objects, or see `convert`.
+
+    """
+    if isinstance(source, str):
+        scheme, _, name = source.partition(":")
+        if source == "demo":
+            from fastrecycle.assets import asset
+
+            return _from_path(Path(asset("vit.safetensors")), config)
+        if scheme == "open_clip":
+            return _from_open_clip(name, config)
+        if scheme == "timm":
+            return _from_timm(name, config)
+        if scheme == "hf":
+            return _from_hub(name, config)
+    return _from_path(Path(source), config)
+
+
+# in the order of preference; OpenAI's own .pt files are programs, not plain tensors
+_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+_CONFIGS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "open_clip_config.json",
+)
+
+
+def _choose(names: Iterable[str], where: str) -> str:
+    """The weights file among a folder's names."""
+    names = sorted(names)
+    for name in _FILES:
+        if name in names:
+            return name
+    for endings in ((".safetensors",), (".bin", ".pt", ".pth")):
+        found = [name for name in names if name.endswith(endings) and "/" not in name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{where}: expected one weights file, got {listed(found)}; name one")
+    raise FileNotFoundError(
+        f"{where}: no weights in it; expected {', '.join(_FILES)}, or one .safetensors, .bin, .pt"
+        " or .pth file"
+    )
+
+
+def _from_path(path: Path, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    if path.is_dir():
+        return _from_path(path / _choose((p.name for p in path.iterdir()), str(path)), config)
+    if not path.exists():
+        preset = f'; random weights of this shape: ViT.preset("{path}")'
+        raise FileNotFoundError(
+            f"{path}: no such file or folder"
+            + (
+                preset
+                if str(path) in PRESETS
+                else '; besides paths, sources are "demo", "open_clip:MODEL/PRETRAINED",'
+                ' "timm:NAME" and "hf:OWNER/REPO"'
+            )
+        )
+    tensors, metadata = _read(path)
+    try:
+        if CONFIG_KEY in metadata:
+            return convert(tensors, config, _written_config(metadata[CONFIG_KEY]))
+        return convert(tensors, config, _beside(path.parent, detect(tensors)[0]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _written_config(text: str) -> dict[str, Any]:
+    """The config that `save_vit` wrote."""
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object, got {type(fields).__name__}")
+        return check_fields(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"metadata {CONFIG_KEY} is damaged: {error}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of one file, or of an index and its shards."""
+    if path.name.endswith(".index.json"):
+        return _read_shards(path), {}
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise ValueError(
+            f"{path}: expected .safetensors, .pt, .pth, .bin or .index.json, got {path.suffix!r}"
+        )
+    return _unwrap(load_torch(path), path), {}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{index}: expected an index of shards with a "weight_map"')
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard or "\\" in shard:
+            raise ValueError(f"{index}: a shard must lie beside the index, got {shard!r}")
+        tensors |= _read(index.parent / shard)[0]
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise ValueError(f"{index}: its shards lack {listed(absent)}")
+    return tensors
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    """The one state dict in a checkpoint, bare or under a key such as "model"."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a state dict, got {type(content).__name__}")
+    if any(isinstance(x, Tensor) for x in content.values()):
+        return dict(content)
+    found = [
+        name
+        for name, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values())
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{path}: expected one state dict, got "
+            + (f"several ({listed(map(str, found))}); save the one you mean" if found else "none")
+        )
+    return dict(content[found[0]])
+
+
+def _lazily(name: str, source: str, install: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{source}: needs {name} ({error}); pip install {install}") from None
+
+
+def _download_failed(source: str, error: Exception) -> OSError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return OSError(
+        f"{source}: could not be downloaded ({type(error).__name__}: {first}); without a network,"
+        " give the path of a file"
+    )
+
+
+def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    source = f"open_clip:{name}"
+    open_clip = _lazily("open_clip", source, "open_clip_torch")
+    whole = name.startswith(("hf-hub:", "local-dir:"))  # these name their weights themselves
+    model_name, _, pretrained = (name, "", "") if whole else name.partition("/")
+    if not whole:
+        if model_name not in open_clip.list_models():
+            close = difflib.get_close_matches(model_name, open_clip.list_models(), 3, 0.4)
+            raise ValueError(f"{source}: no such model; close to it: {listed(close) or 'none'}")
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        if not pretrained:
+            raise ValueError(
+                f"{source}: expected open_clip:MODEL/PRETRAINED; pretrained weights of"
+                f" {model_name}: {listed(tags, 20) or 'none, so give a file'}"
+            )
+        quick = bool((open_clip.get_pretrained_cfg(model_name, pretrained) or {}).get("quick_gelu"))
+        wants = bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu"))
+        if pretrained in tags and quick != wants:
+            # open_clip only warns, and runs the weights with the wrong activation
+            other = f"{model_name}-quickgelu" if quick else model_name.removesuffix("-quickgelu")
+            raise ValueError(
+                f"{source}: these weights were trained with {'Quick' if quick else ''}GELU, which"
+                f" this model does not use; take open_clip:{other}/{pretrained}"
+            )
+    try:
+        model = open_clip.create_model(model_name, pretrained=pretrained or None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _download_failed(source, error) from None
+    return convert(model.visual.state_dict(), config, open_clip_facts(model.visual))
+
+
+def open_clip_facts(visual: nn.Module) -> dict[str, Any]:
+    """What an open_clip vision tower says of itself and its names do not.
+
+    Raises:
+        ValueError: not a plain ViT with a CLS feature.
+
+    """
+    tower: Any = visual
+    if type(tower).__name__ != "VisionTransformer" or tower.pool_type != "tok":
+        raise ValueError(
+            f"open_clip: expected a VisionTransformer read from its CLS token, got"
+            f" {type(tower).__name__} with pooling {getattr(tower, 'pool_type', None)!r}"
+        )
+    block = tower.transformer.resblocks[0]
+    facts = {
+        "activation": _activation(type(block.mlp.gelu).__name__, "open_clip"),
+        "heads": block.attn.num_heads,
+        "norm_eps": tower.ln_post.eps,
+    }
+    mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
+    return facts | _statistics({"mean": mean, "std": std}, "mean", "std")
+
+
+def _from_timm(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    source = f"timm:{name}"
+    timm = _lazily("timm", source, "timm")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:
+        if "Unknown model" in str(error):
+            close = difflib.get_close_matches(name, timm.list_models("*vit*"), 3)
+            raise ValueError(f"{source}: no such model; close to it: {listed(close)}") from None
+        raise _download_failed(source, error) from None
+    return convert(model.state_dict(), config, timm_facts(model))
+
+
+def timm_facts(model: nn.Module) -> dict[str, Any]:
+    """What a timm model says of itself and its names do not.
+
+    Raises:
+        ValueError: not a plain ViT with a CLS feature.
+
+    """
+    vit: Any = model
+    pooling = getattr(vit, "global_pool", None)
+    if not type(vit).__name__.startswith("VisionTransformer") or pooling != "token":
+        raise ValueError(
+            f"timm: expected a VisionTransformer read from its CLS token, got {type(vit).__name__}"
+            f" with pooling {pooling!r}"
+        )
+    facts = {
+        "activation": _activation(type(vit.blocks[0].mlp.act).__name__, "timm"),
+        "heads": vit.blocks[0].attn.num_heads,
+        "norm_eps": vit.norm.eps,
+    }
+    return facts | _statistics(vit.pretrained_cfg, "mean", "std")
+
+
+def _from_hub(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    source = f"hf:{name}"
+    repo, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise ValueError(f"{source}: expected hf:OWNER/REPO or hf:OWNER/REPO@REVISION")
+    hub = _lazily("huggingface_hub", source, "'fastrecycle[hf]'")
+    try:
+        names = hub.list_repo_files(repo, revision=revision or None)
+    except Exception as error:  # offline: what an earlier call left in the cache
+        try:
+            folder = hub.snapshot_download(repo, revision=revision or None, local_files_only=True)
+        except Exception:
+            raise _download_failed(source, error) from None
+        return _from_path(Path(folder), config)
+    chosen = _choose(names, source)
+    wanted = [*_CONFIGS, chosen]
+    if chosen.endswith(".index.json"):
+        wanted.append("*" + Path(chosen.removesuffix(".index.json")).suffix)
+    try:
+        folder = hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
+    except Exception as error:
+        raise _download_failed(source, error) from None
+    return _from_path(Path(folder) / chosen, config)
+
+
+# ---------------------------------------------------------------------- metadata
+
+
+def _activation(name: str, where: str) -> str:
+    """Our name of a library's activation."""
+    known = {
+        "gelu": "gelu", "GELU": "gelu", "GELUActivation": "gelu",
+        "quick_gelu": "quick_gelu", "quickgelu": "quick_gelu", "QuickGELU": "quick_gelu",
+        "QuickGELUActivation": "quick_gelu",
+    }  # fmt: skip
+    if name not in known:
+        raise ValueError(f"{where}: expected activation gelu or quick_gelu, got {name}")
+    return known[name]
+
+
+def _statistics(config: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
+    if config.get(mean) is None or config.get(std) is None:
+        return {}
+    return check_fields({"mean": list(config[mean]), "std": list(config[std])})
+
+
+def _beside(folder: Path, layout: LayoutName) -> dict[str, Any]:
+    """What configuration files in a weights' folder tell; another layout's are passed over."""
+
+    def read(name: str) -> dict[str, Any]:
+        value = read_json(folder / name) if (folder / name).is_file() else {}
+        return value if isinstance(value, dict) else {}
+
+    config = read("config.json")
+    if layout in ("hf_clip", "hf_vit"):
+        facts = _hf_facts(config, layout, str(folder / "config.json"))
+        processor = read("preprocessor_config.json") or read("processor_config.json")
+        processor = processor.get("image_processor", processor)
+        if processor.get("do_normalize") is False:
+            return facts | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        return facts | _statistics(processor, "image_mean", "image_std")
+    if layout == "timm" and "architecture" in config:
+        arguments = config.get("model_args") or {}
+        facts = _statistics(config.get("pretrained_cfg", config), "mean", "std")
+        act = arguments.get("act_layer") or (
+            "quickgelu" if "quickgelu" in config["architecture"] else "gelu"
+        )
+        return facts | {"activation": _activation(act, str(folder / "config.json"))}
+    if layout == "openai":
+        config = read("open_clip_config.json")
+        model = config.get("model_cfg", {})
+        vision = model.get("vision_cfg", {})
+        if not vision:
+            return {}
+        facts = _statistics(config.get("preprocess_cfg", {}), "mean", "std")
+        facts["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        if "width" in vision:
+            facts["heads"] = vision["width"] // vision.get("head_width", 64)
+        return facts
+    return {}
+
+
+def _hf_facts(config: Mapping[str, Any], layout: LayoutName, where: str) -> dict[str, Any]:
+    """From a config.json; fields that it leaves out have the defaults of its model type."""
+    kinds = {"hf_clip": ("clip", "clip_vision_model"), "hf_vit": ("vit", "deit")}[layout]
+    if config.get("model_type") not in kinds:
+        return {}
+    vision = config.get("vision_config") or config
+    act, eps = ("quick_gelu", 1e-5) if layout == "hf_clip" else ("gelu", 1e-12)
+    facts = {
+        "activation": _activation(str(vision.get("hidden_act", act)), where),
+        "norm_eps": float(vision.get("layer_norm_eps", eps)),
+        "heads": int(vision.get("num_attention_heads", 12)),
+    }
+    if isinstance(vision.get("image_size"), int):
+        facts["image_size"] = vision["image_size"]
+    return facts
