@@ -260,16 +260,20 @@ class ViT(nn.Module):
 
     @staticmethod
     def random(config: ViTConfig, seed: int = 0) -> ViT:
-        """Random weights (truncated normal, std .02) at any shape."""
-        vit = ViT(config)
+        """Random weights (normal, std .02; biases 0) at any shape."""
+        with torch.device("meta"):  # PyTorch's own initial values are not wanted
+            vit = ViT(config)
+        vit.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
         for module in vit.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(vit.prefix, std=0.02, generator=generator)
-        nn.init.trunc_normal_(vit.pos_embed, std=0.02, generator=generator)
+            elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+                module.reset_parameters()
+        nn.init.normal_(vit.prefix, std=0.02, generator=generator)
+        nn.init.normal_(vit.pos_embed, std=0.02, generator=generator)
         return vit
 
     @staticmethod
