@@ -171,6 +171,10 @@ class MetaConfig:
             f"resolution: expected 0 < low <= high <= 1, or 0 0 for none, got {self.resolution}",
         )
         self.learned_blocks(12)
+        _require(
+            self.ema == 0 or self.learn != "backbone",
+            f"ema: averages the meta-LoRA; must be 0 where the backbone learns, got {self.ema}",
+        )
 
     def learned_blocks(self, depth: int) -> tuple[int, ...]:
         """Blocks whose LoRA learns; none where the backbone itself learns.

@@ -117,7 +117,8 @@ def targets(pool_logits: Tensor, episodes: Episodes, config: MetaConfig) -> Tens
     own = labels[:, 0] >= 0
     columns = labels.clamp_min(0)[:, None, None, :].expand(-1, config.ways, config.queries, -1)
     logits = pool_logits[queries].gather(-1, columns)  # (E, W, Q, W)
-    teacher = (logits / config.temperature).softmax(-1)
+    # below 1 even where a sure teacher's softmax rounds to it: `meta_loss` knows labels by their 1
+    teacher = (logits / config.temperature).softmax(-1).clamp_max(1 - torch.finfo().eps)
     one_hot = torch.eye(config.ways, device=device)[:, None].expand(-1, config.queries, -1)
     return torch.where(own[:, None, None, None], teacher, one_hot).flatten(1, 2)
 
@@ -267,7 +268,8 @@ class MetaTrainer:
         """Images (B, 3, S, S), kept patches and targets of a step, augmented."""
         config, device = self.config, self.images.device
         episodes = self.sampler.draw(step)
-        rng = np.random.Generator(np.random.Philox(key=[self.seed + 1, step]))
+        # the sampler's key, another stretch of its counter
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
         rows = torch.from_numpy(episodes.rows.reshape(-1)).to(device)
         pixels = self.images[rows].float() / 255
         low, high = config.resolution
