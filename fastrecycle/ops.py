@@ -184,7 +184,8 @@ def varlen_attention(
     Args:
         q, k, v: (B, H, N, d) for images of equal length; packed (T, H, d) with `cu_seqlens`.
         cu_seqlens: (B + 1,) int32, starts of the images in the packed batch, ending with T.
-        longest: tokens of the longest image, or more; needed with `cu_seqlens` on CUDA.
+        longest: tokens of the longest image, or more; needed with `cu_seqlens` on CUDA in half
+            precision.
 
     Returns:
         The shape of q.
@@ -193,13 +194,26 @@ def varlen_attention(
         ValueError: shapes disagree.
 
     """
+    if k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            "varlen_attention: q, k and v must have one shape,"
+            f" got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if cu_seqlens is None:
         if q.ndim != 4:
             raise ValueError(f"varlen_attention: expected q (B, H, N, d), got {tuple(q.shape)}")
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
     if q.ndim != 3:
         raise ValueError(f"varlen_attention: expected packed q (T, H, d), got {tuple(q.shape)}")
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and longest is not None:
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            "varlen_attention: cu_seqlens must be (B + 1,) int32,"
+            f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    # PyTorch's variable-length kernel takes half precision on CUDA only
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if longest is None:
+            raise ValueError("varlen_attention: packed tokens on CUDA need longest, got None")
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
@@ -235,11 +249,22 @@ def bn_prior(
         y (B, C, H, W) in x's dtype; mean and variance, each (segments, C) float32.
 
     Raises:
-        ValueError: B is not a multiple of `segments`.
+        ValueError: B is not a multiple of `segments`, or shapes disagree.
 
     """
+    if x.ndim != 4:
+        raise ValueError(f"bn_prior: expected x (B, C, H, W), got {tuple(x.shape)}")
     if segments < 1 or x.shape[0] % segments:
         raise ValueError(
             f"bn_prior: {x.shape[0]} images cannot be split into {segments} equal tasks"
+        )
+    for name, stored in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
+        if stored.shape != x.shape[1:2]:
+            raise ValueError(
+                f"bn_prior: {name} must have shape {tuple(x.shape[1:2])}, got {tuple(stored.shape)}"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"bn_prior: residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}"
         )
     return reference.bn_prior(x, mean, var, weight, bias, eps, segments, relu, residual)

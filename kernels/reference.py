@@ -6,11 +6,23 @@ C channels. Everything that sums is computed in float32 at least; outputs have t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
 LowRank = tuple[Tensor, Tensor, Tensor]
 """a (G, R, D_in), b (G, D_out, R), scale (G,): y += scale (x a^T) b^T."""
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Keep float32 products in float32, which an autocast around the caller would round to bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 input: what sums are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
@@ -49,8 +61,10 @@ def lora_qkv(
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt d) v. Each (B, H, N, d)."""
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ v.float()).to(v.dtype)
+    to = wide(q)
+    with no_autocast(q):
+        scores = (q.to(to) @ k.to(to).transpose(-1, -2)) * q.shape[-1] ** -0.5
+        return (scores.softmax(-1) @ v.to(to)).to(v.dtype)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -58,9 +72,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
     length = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), length, right=True)
     same = sequence[:, None] == sequence[None, :]
-    scores = torch.einsum("thd,shd->hts", q.float(), k.float()) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~same, float("-inf"))
-    return torch.einsum("hts,shd->thd", scores.softmax(-1), v.float()).to(v.dtype)
+    to = wide(q)
+    with no_autocast(q):
+        scores = torch.einsum("thd,shd->hts", q.to(to), k.to(to)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~same, float("-inf"))
+        return torch.einsum("hts,shd->thd", scores.softmax(-1), v.to(to)).to(v.dtype)
 
 
 def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
@@ -68,9 +84,10 @@ def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
 
     q_cls (B, H, d), k (B, H, N, d) -> (B, N) float32 (float64 for float64 input), rows sum to 1.
     """
-    wide = torch.promote_types(q_cls.dtype, torch.float32)
-    scores = (k.to(wide) @ q_cls.to(wide)[..., None]).squeeze(-1) * q_cls.shape[-1] ** -0.5
-    return scores.softmax(-1).mean(1)
+    to = wide(q_cls)
+    with no_autocast(q_cls):
+        scores = (k.to(to) @ q_cls.to(to)[..., None]).squeeze(-1) * q_cls.shape[-1] ** -0.5
+        return scores.softmax(-1).mean(1)
 
 
 def token_gather(x: Tensor, index: Tensor) -> Tensor:
@@ -100,15 +117,15 @@ def bn_prior(
     there was `bias`, whatever the input. Dividing a synthetic image's deviation by sqrt(eps)
     instead would amplify it some 300 times, so such a channel passes on `bias` alone.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    by_task = x.to(wide).unflatten(0, (segments, -1))  # (G, b, C, H, W)
+    to = wide(x)
+    by_task = x.to(to).unflatten(0, (segments, -1))  # (G, b, C, H, W)
     mu = by_task.mean((1, 3, 4))
     sigma2 = by_task.var((1, 3, 4), correction=0)
-    scale = torch.where(var > 0, weight * torch.rsqrt(var + eps), torch.zeros_like(var)).to(wide)
-    shift = bias.to(wide) - mean.to(wide) * scale
-    y = x.to(wide) * scale[:, None, None] + shift[:, None, None]
+    scale = torch.where(var > 0, weight * torch.rsqrt(var + eps), torch.zeros_like(var)).to(to)
+    shift = bias.to(to) - mean.to(to) * scale
+    y = x.to(to) * scale[:, None, None] + shift[:, None, None]
     if residual is not None:
-        y = y + residual.to(wide)
+        y = y + residual.to(to)
     if relu:
         y = y.relu()
     return y.to(x.dtype), mu, sigma2
