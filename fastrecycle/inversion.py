@@ -377,11 +377,8 @@ def invert(
                 values = {k: v.mean().item() for k, v in losses.items()} if log_now else {}
                 on_step(done + group.iteration * len(indices), values)
             halt = stop()
-            if (
-                state is not None
-                and not group.done
-                and (halt or group.iteration % config.checkpoint_every == 0)
-            ):
+            due = group.iteration % config.checkpoint_every == 0 and not group.done
+            if state is not None and (halt or due):
                 group.save(state)
             if halt:
                 raise KeyboardInterrupt

@@ -36,7 +36,7 @@ class TaskImages:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
         meta = {"task": self.task, "class_names": self.class_names, "name": self.name,
-                "patches": self.patches}  # fmt: skip
+                "survivors": self.survivors}  # fmt: skip
         tensors = {
             "images": self.images,
             "labels": self.labels.to(torch.int32),
