@@ -72,6 +72,11 @@ class ResNetPrior(nn.Module):
             key=lambda name: [int(x) for x in re.findall(r"\d+", name)],
         )
         self.bottleneck = any(k.endswith("conv3.weight") for k in tensors)
+        for block in self.block_names:
+            for i in (1, 2, 3) if self.bottleneck else (1, 2):
+                for part in (f"{block}.conv{i}.weight", f"{block}.bn{i}.running_var"):
+                    if part not in tensors:
+                        raise ValueError(f"prior: {block} is cut off within, {part} is missing")
 
     @property
     def num_bn(self) -> int:
@@ -86,7 +91,8 @@ class ResNetPrior(nn.Module):
 
     def _conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self._get(name + ".weight")
-        return nn.functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        groups = x.shape[1] // weight.shape[1]  # ResNeXt's
+        return nn.functional.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=groups)
 
     def forward(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
         """R_BN of each task.
@@ -167,6 +173,8 @@ class ModulePrior(nn.Module):
                 f"prior: {type(network).__name__} has no BatchNorm2d with running statistics;"
                 " expected a network such as torchvision's resnet50"
             )
+        # those with a stored variance of 0; found once, as looking waits for the device
+        self.guarded = {m for m in self.batch_norms if not (m.running_var > 0).all()}
 
     @property
     def num_bn(self) -> int:
@@ -177,12 +185,17 @@ class ModulePrior(nn.Module):
         """R_BN of each task; see `ResNetPrior.forward`."""
         terms: list[Tensor] = []
 
-        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor] | None:
             x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
             x = x.unflatten(0, (segments, -1))
             mu, var = x.mean((1, 3, 4)), x.var((1, 3, 4), correction=0)
             factor = 1.0 if terms else first_bn
             terms.append(factor * moment_distance(mu, var, layer.running_mean, layer.running_var))
+            if layer not in self.guarded:
+                return None
+            # its stored mean in, so that the channel passes on its bias alone: see ops.bn_prior
+            stored = layer.running_mean.to(inputs[0].dtype)[:, None, None]
+            return (torch.where(layer.running_var[:, None, None] > 0, inputs[0], stored),)
 
         mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
         std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
