@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(2)  # as many as the smallest machine of the checks has
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,12 @@ def data_root() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"FASTRECYCLE_DATA is no folder: {folder}")
     return Path(folder)
+
+
+@pytest.fixture
+def poison_empty():
+    """Memory that PyTorch hands out uninitialised holds NaN, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
