@@ -211,10 +211,17 @@ def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tenso
                 f"{source}: these weights were trained with {'Quick' if quick else ''}GELU, which"
                 f" this model does not use; take open_clip:{other}/{pretrained}"
             )
+        if pretrained not in tags and not Path(pretrained).is_file():
+            raise FileNotFoundError(
+                f"{source}: {pretrained} is no file and no pretrained tag of {model_name};"
+                f" tags: {listed(tags, 20) or 'none'}"
+            )
     try:
         model = open_clip.create_model(model_name, pretrained=pretrained or None)
-    except (OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
         raise _download_failed(source, error) from None
+    except Exception as error:  # a damaged file, or weights of another model
+        raise ValueError(f"{source}: open_clip cannot load this ({error})") from None
     return convert(model.visual.state_dict(), config, open_clip_facts(model.visual))
 
 

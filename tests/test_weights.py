@@ -740,7 +740,7 @@ def test_config_json_must_fit_the_weights(tmp_path):
 # ------------------------------------------------------------------ libraries' own downloads
 
 
-def test_source_open_clip(open_clip_b16, monkeypatch):
+def test_source_open_clip(open_clip_b16, monkeypatch, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     asked = []
 
@@ -753,8 +753,12 @@ def test_source_open_clip(open_clip_b16, monkeypatch):
     assert asked == [("ViT-B-16-quickgelu", "openai")]
     assert config == PRESETS["vit_b_16"]
     assert torch.equal(tensors["norm.weight"], open_clip_b16.visual.ln_post.weight)
-    load_source("open_clip:ViT-B-16-quickgelu//tmp/weights.pt")
-    assert asked[1] == ("ViT-B-16-quickgelu", "/tmp/weights.pt")
+    file = tmp_path / "weights.pt"
+    with pytest.raises(FileNotFoundError, match=r"weights\.pt is no file and no pretrained tag"):
+        load_source(f"open_clip:ViT-B-16-quickgelu/{file}")
+    file.touch()
+    load_source(f"open_clip:ViT-B-16-quickgelu/{file}")
+    assert asked[1] == ("ViT-B-16-quickgelu", str(file))
     for source, message in (
         ("open_clip:ViT-B-16-quickgelu", "expected open_clip:MODEL/PRETRAINED.*openai"),
         ("open_clip:ViT-B-61/openai", "no such model; close to it: ViT-B-"),
@@ -770,6 +774,9 @@ def test_source_open_clip(open_clip_b16, monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", offline)
     with pytest.raises(OSError, match=r"could not be downloaded .*no route to host"):
         load_source("open_clip:ViT-B-16-quickgelu/openai")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="open_clip cannot load this"):  # the empty file
+        load_source(f"open_clip:ViT-B-16-quickgelu/{file}")
 
 
 def test_open_clip_models_that_are_no_plain_vit():
