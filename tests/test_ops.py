@@ -14,7 +14,7 @@ from torch import nn
 
 from fastrecycle import ops
 
-pytestmark = pytest.mark.usefixtures("poison_empty")
+pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 F64 = {"rtol": 1e-12, "atol": 1e-12}
 F32 = {"rtol": 1e-5, "atol": 1e-5}
 
