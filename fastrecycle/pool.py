@@ -149,7 +149,19 @@ class SyntheticPool:
         return self.order[:, :count].sort(dim=1).values
 
     def save(self, folder: str | Path) -> None:
-        """Write one safetensors file a LoRA."""
+        """Write one safetensors file a LoRA.
+
+        Raises:
+            FileExistsError: the folder holds images of other LoRAs, which `load` would mix in.
+            OSError: it cannot be written.
+
+        """
+        files = {task_file(folder, part.task) for part in self.parts}
+        others = sorted(f.name for f in set(Path(folder).glob("task-*.safetensors")) - files)
+        if others:
+            raise FileExistsError(
+                f"{folder}: already holds another pool ({others[0]}, ...); choose an empty folder"
+            )
         for part in self.parts:
             part.save(task_file(folder, part.task))
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+import toys
 
 from fastrecycle import inversion
 from fastrecycle.config import InversionConfig
@@ -23,7 +23,7 @@ from fastrecycle.lora import LoRABank, LoRAStack
 from fastrecycle.pool import task_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
-SIDE = tiny.CONFIG.image_size
+SIDE = toys.CONFIG.image_size
 
 
 def config(**changes):
@@ -32,8 +32,8 @@ def config(**changes):
 
 
 def make(count=1, tasks=None, seed=0, dtype=torch.float32, prior=True, **changes):
-    vit, network = tiny.vit().to(dtype), tiny.prior().to(dtype) if prior else None
-    loras = [tiny.lora(i) for i in (tasks or range(count))]
+    vit, network = toys.vit().to(dtype), toys.prior().to(dtype) if prior else None
+    loras = [toys.lora(i) for i in (tasks or range(count))]
     return InversionGroup(
         vit, loras, tasks or range(count), network, config(**changes), seed=seed, dtype=dtype
     )
@@ -118,9 +118,9 @@ def plain_loss(vit, prior, lora, images, cfg, pruned):
 )  # fmt: skip
 @pytest.mark.parametrize("pruned", [False, True])
 def test_data_loss_matches_plain_terms(changes, pruned):
-    cfg, vit, prior = config(**changes), tiny.vit().double(), tiny.prior().double()
-    loras = [tiny.lora(i).to(torch.float64) for i in range(2)]
-    images = torch.randn(2, 6, 3, SIDE, SIDE, generator=tiny.generator(3), dtype=torch.float64)
+    cfg, vit, prior = config(**changes), toys.vit().double(), toys.prior().double()
+    loras = [toys.lora(i).to(torch.float64) for i in range(2)]
+    images = torch.randn(2, 6, 3, SIDE, SIDE, generator=toys.generator(3), dtype=torch.float64)
     loss, ce, _ = data_loss(
         vit, prior, images, LoRAStack.of(loras), torch.stack([x.head.weight for x in loras]),
         torch.stack([x.head.bias for x in loras]), torch.arange(3).repeat_interleave(2), cfg,
@@ -150,7 +150,7 @@ def test_gradient_through_jitter_pruning_and_prior_matches_finite_differences():
         return sum(losses)
 
     with torch.no_grad():
-        places = torch.randperm(before.numel(), generator=tiny.generator(0))[:25].tolist()
+        places = torch.randperm(before.numel(), generator=toys.generator(0))[:25].tolist()
         for place in places:
             step = torch.zeros_like(before)
             step.view(-1)[place] = 1e-5
@@ -229,7 +229,7 @@ def test_gradient_of_a_task_reaches_no_other_image():
 
 
 def test_groups_take_heads_of_one_size_in_order():
-    bank = [tiny.lora(i, ways) for i, ways in enumerate((3, 2, 3, 3, 2))]
+    bank = [toys.lora(i, ways) for i, ways in enumerate((3, 2, 3, 3, 2))]
     assert list(groups(bank, 2)) == [[0, 2], [3], [1, 4]]
 
 
@@ -317,8 +317,8 @@ def test_order_of_patches_has_the_survivors_first(prune):
 
 
 def test_heads_without_bias():
-    vit = tiny.vit()
-    bare, zero = tiny.lora(0, bias=False), tiny.lora(0)
+    vit = toys.vit()
+    bare, zero = toys.lora(0, bias=False), toys.lora(0)
     zero = replace(zero, head=replace(bare.head, bias=torch.zeros(3)))
     parts = [invert(vit, [x], None, config(iterations=2))[0] for x in (bare, zero)]
     assert torch.equal(parts[0].images, parts[1].images)
@@ -338,7 +338,7 @@ def same(one, other):
 
 
 def test_same_seed_same_result_and_other_seed_another():
-    vit, bank, prior = tiny.vit(), tiny.bank(3), tiny.prior()
+    vit, bank, prior = toys.vit(), toys.bank(3), toys.prior()
     one = invert(vit, bank, prior, config(), seed=5)
     assert same(one, invert(vit, bank, prior, config(), seed=5))
     other = invert(vit, bank, prior, config(), seed=6)
@@ -355,7 +355,7 @@ def test_streams_of_neighbouring_seeds_and_tasks_differ():
 
 
 def test_networks_are_left_as_they_were():
-    vit, bank, prior = tiny.vit(), tiny.bank(2), tiny.prior()
+    vit, bank, prior = toys.vit(), toys.bank(2), toys.prior()
     before = {k: x.clone() for k, x in (vit.state_dict() | prior.state_dict()).items()}
     factors = [x.clone() for lora in bank for x in lora.tensors()]
     invert(vit, bank, prior, config())
@@ -377,7 +377,7 @@ class Stop:
 
 @pytest.mark.parametrize("at", [1, 5, 8, 9, 12])  # 8 is a group's last iteration
 def test_stopped_and_resumed_is_bit_equal(tmp_path, at):
-    vit, bank, prior = tiny.vit(), tiny.bank(3), tiny.prior()
+    vit, bank, prior = toys.vit(), toys.bank(3), toys.prior()
     cfg = config(checkpoint_every=3)
     whole = invert(vit, bank, prior, cfg)
     with pytest.raises(KeyboardInterrupt):
@@ -412,7 +412,7 @@ def test_checkpoint_of_another_group_is_not_taken(tmp_path):
 def test_losses_are_reported_now_and_then():
     seen = {}
     invert(
-        tiny.vit(), tiny.bank(1), tiny.prior(), config(iterations=25),
+        toys.vit(), toys.bank(1), toys.prior(), config(iterations=25),
         on_step=lambda done, values: seen.update({done: values}),
     )  # fmt: skip
     assert list(seen) == list(range(1, 26))
@@ -425,28 +425,28 @@ def test_losses_are_reported_now_and_then():
 
 def refused(match, bank, vit=None, **changes):
     with pytest.raises(ValueError, match=match):
-        invert(vit or tiny.vit(), bank, None, config(**changes))
+        invert(vit or toys.vit(), bank, None, config(**changes))
 
 
 def test_rejects_loras_without_heads_and_of_other_models():
-    headless = replace(tiny.lora(1), head=None)
+    headless = replace(toys.lora(1), head=None)
     refused("0001: inversion needs the LoRA's classification head.*head.safetensors", [headless])
-    wide = replace(tiny.CONFIG, width=32)
-    refused("belongs to another model", [tiny.lora(0, config=wide)])
-    deep = replace(tiny.CONFIG, depth=4)
-    refused("made for 4 blocks, the backbone has 3", [tiny.lora(0, config=deep)])
-    bad = tiny.lora(0)
+    wide = replace(toys.CONFIG, width=32)
+    refused("belongs to another model", [toys.lora(0, config=wide)])
+    deep = replace(toys.CONFIG, depth=4)
+    refused("made for 4 blocks, the backbone has 3", [toys.lora(0, config=deep)])
+    bad = toys.lora(0)
     bad.a["q"][0, 0, 0] = float("nan")
     refused("weights on q hold NaN", [bad])
-    bad = tiny.lora(0)
+    bad = toys.lora(0)
     bad.head.weight[0, 0] = float("inf")
     refused("the head holds NaN or infinity", [bad])
-    refused("3 classes, but 2 class names", [replace(tiny.lora(0), class_names=("a", "b"))])
-    mixed = [tiny.lora(0, 2), tiny.lora(1, 3)]
+    refused("3 classes, but 2 class names", [replace(toys.lora(0), class_names=("a", "b"))])
+    mixed = [toys.lora(0, 2), toys.lora(1, 3)]
     with pytest.raises(ValueError, match=r"heads of one size expected, got \[2, 3\]"):
-        InversionGroup(tiny.vit(), mixed, [0, 1], None, config())
-    refused(r"prune: blocks are integers in \[0, 2\], got 3", tiny.bank(1), prune={3: 0.5})
-    refused("ratio of block 1", tiny.bank(1), prune={1: 1.0})
+        InversionGroup(toys.vit(), mixed, [0, 1], None, config())
+    refused(r"prune: blocks are integers in \[0, 2\], got 3", toys.bank(1), prune={3: 0.5})
+    refused("ratio of block 1", toys.bank(1), prune={1: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_rejects_settings_out_of_range(changes, message):
 
 
 def test_mixed_heads_are_inverted_in_groups_and_come_back_in_order():
-    bank = LoRABank([tiny.lora(i, ways) for i, ways in enumerate((3, 2, 3))])
-    parts = invert(tiny.vit(), bank, tiny.prior(), config(iterations=2))
+    bank = LoRABank([toys.lora(i, ways) for i, ways in enumerate((3, 2, 3))])
+    parts = invert(toys.vit(), bank, toys.prior(), config(iterations=2))
     assert [p.task for p in parts] == [0, 1, 2]
     assert [p.teacher_logits.shape[1] for p in parts] == [3, 2, 3]

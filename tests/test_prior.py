@@ -8,9 +8,9 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
 import torchvision
+import toys
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 
 
 def pixels(count=4, side=32, seed=0, dtype=torch.float32):
-    return torch.rand(count, 3, side, side, generator=tiny.generator(seed), dtype=dtype)
+    return torch.rand(count, 3, side, side, generator=toys.generator(seed), dtype=dtype)
 
 
 def settled(network, seed=0):
@@ -176,7 +176,7 @@ def bottleneck_by_hand(state, x, stride_in, eps):
 
 @pytest.mark.parametrize("stride_in", ["conv1", "conv2"])
 def test_stride_of_bottlenecks_and_eps(stride_in):
-    state = tiny.resnet_state("bottleneck", dtype=torch.float64)
+    state = toys.resnet_state("bottleneck", dtype=torch.float64)
     x = pixels(3, dtype=torch.float64)
     prior = ResNetPrior(state, ResNetSpec(stride_in=stride_in, eps=0.1)).double()
     for name, tensor in state.items():  # ours keeps float32
@@ -271,7 +271,7 @@ def test_whole_torchvision_file_needs_nothing_told(tmp_path, small, suffix):
 
 def test_ambiguous_file_is_refused_until_told(tmp_path):
     path = tmp_path / "early.safetensors"
-    state = tiny.resnet_state("bottleneck")
+    state = toys.resnet_state("bottleneck")
     save_safetensors(path, state)
     with pytest.raises(ValueError, match="stride_in and eps cannot be known"):
         load_prior(path)
@@ -314,11 +314,11 @@ def test_rejects_files_that_are_no_resnet(tmp_path):
         load_prior(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         load_prior(nn.Conv2d(3, 4, 1))
-    state = tiny.resnet_state()
+    state = toys.resnet_state()
     state["bn1.weight"][0] = float("nan")
     with pytest.raises(ValueError, match=r"bn1\.weight holds NaN"):
         ResNetPrior(state)
-    state = tiny.resnet_state()
+    state = toys.resnet_state()
     del state["layer2.0.conv2.weight"]
     with pytest.raises(ValueError, match=r"layer2\.0 is cut off within"):
         ResNetPrior(state)
