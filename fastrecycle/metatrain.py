@@ -227,6 +227,11 @@ class MetaTrainer:
                 f"pool: images of side {pool.images.shape[-1]}, the backbone takes"
                 f" {vit.config.image_size}"
             )
+        if pool.patches != vit.config.patches:
+            raise ValueError(
+                f"pool: images of {pool.patches} patches, the backbone makes {vit.config.patches};"
+                " they were inverted from another backbone"
+            )
         self.config, self.seed, self.precision = config, seed, precision
         self.sampler = EpisodeSampler(pool, config, seed)
         self.images = pool.images.to(device)
@@ -275,7 +280,8 @@ class MetaTrainer:
         low, high = config.resolution
         side = self.vit.config.image_size
         if high > 0:
-            small = int(rng.integers(max(1, round(low * side)), round(high * side) + 1))
+            least = max(1, round(low * side))
+            small = int(rng.integers(least, max(least, round(high * side)) + 1))
             if small < side:
                 resize = torch.nn.functional.interpolate
                 pixels = resize(pixels, small, mode="bilinear", antialias=True)
