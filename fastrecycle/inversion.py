@@ -306,13 +306,19 @@ def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) ->
 
 
 def groups(bank: Sequence[LoRA], size: int) -> Iterator[list[int]]:
-    """Indices of LoRAs to invert together: consecutive ones with equally many classes."""
+    """Indices of LoRAs to invert together: consecutive ones with equally many classes.
+
+    Of the sizes from `size` down to its half, the largest that leaves no smaller rest is taken: a
+    group of another shape costs more to compile than it saves.
+    """
     by_ways: dict[int, list[int]] = {}
     for i, lora in enumerate(bank):
         by_ways.setdefault(lora.head.classes if lora.head is not None else 0, []).append(i)
     for indices in by_ways.values():
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+        even = [n for n in range(size, (size - 1) // 2, -1) if len(indices) % n == 0]
+        step = even[0] if even else size
+        for start in range(0, len(indices), step):
+            yield indices[start : start + step]
 
 
 def invert(

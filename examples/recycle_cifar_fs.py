@@ -1,14 +1,14 @@
-"""LoRA Recycle on real images: ViT-Ti/16 at 224 pixels, a ResNet-50 prior, CIFAR-FS.
+"""LoRA Recycle on real images: CIFAR-FS with ViT-Ti/16 and a ResNet-50 prior, or the demo models.
 
 Stages, each resumable or repeatable on its own (`--help` of each lists its options):
 
-    python examples/vit_tiny_cifar_fs.py decode     # resize the splits once
-    python examples/vit_tiny_cifar_fs.py bank       # LoRAs from the 64 training classes
-    python examples/vit_tiny_cifar_fs.py invert     # synthetic images
-    python examples/vit_tiny_cifar_fs.py meta       # meta-LoRAs, one for each named variant
-    python examples/vit_tiny_cifar_fs.py test       # test tasks of chosen meta-LoRAs
+    python examples/recycle_cifar_fs.py decode     # resize the splits once
+    python examples/recycle_cifar_fs.py bank       # LoRAs from the 64 training classes
+    python examples/recycle_cifar_fs.py invert     # synthetic images
+    python examples/recycle_cifar_fs.py meta       # meta-LoRAs, one for each named variant
+    python examples/recycle_cifar_fs.py score      # test tasks of chosen meta-LoRAs
 
-Choices are made on the validation classes; `test` alone touches test images. The data folder holds
+Choices are made on the validation classes; `score` alone touches test images. The data folder holds
 cifar_fs_{train,val,test}.zip and weights/{vit_tiny_patch16_224_augreg,
 resnet50_v1_stem_to_layer3}.safetensors. Made for one GPU; docs/results.md has its tables.
 """
@@ -68,7 +68,7 @@ class Common:
     # Folder of the data set archives and of weights/.
     data_root: Path = Path(os.environ.get("FASTRECYCLE_DATA", "data"))
     # Folder of everything made here.
-    work: Path = Path("runs/vit_tiny_cifar_fs")
+    work: Path = Path("runs/cifar_fs")
     # Seed of the stage.
     seed: int = 0
     # bf16 or fp32.
@@ -78,10 +78,28 @@ class Common:
     # cuda or cpu.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
+    # "vit_tiny": ViT-Ti/16 and the ResNet-50 prior of data_root/weights; or a folder with
+    # vit.safetensors and prior.safetensors; or "demo", the packaged ones.
+    models: str = "vit_tiny"
+
     def vit(self) -> ViT:
         """The backbone."""
-        path = self.data_root / "weights/vit_tiny_patch16_224_augreg.safetensors"
-        return ViT.from_pretrained(path, config={"mean": HALF, "std": HALF}).to(self.device)
+        if self.models == "vit_tiny":
+            path = self.data_root / "weights/vit_tiny_patch16_224_augreg.safetensors"
+            return ViT.from_pretrained(path, config={"mean": HALF, "std": HALF}).to(self.device)
+        demo = self.models == "demo"
+        source = "demo" if demo else Path(self.models) / "vit.safetensors"
+        return ViT.from_pretrained(source).to(self.device)
+
+    def prior(self) -> torch.nn.Module:
+        """The naturalness prior."""
+        if self.models == "vit_tiny":
+            path = self.data_root / "weights/resnet50_v1_stem_to_layer3.safetensors"
+            return load_prior(path, stride_in="conv1", eps=1.001e-5).to(self.device)
+        demo = self.models == "demo"
+        return load_prior("demo" if demo else Path(self.models) / "prior.safetensors").to(
+            self.device
+        )
 
     def pixels(self, split: str) -> Pixels:
         """A decoded split on the device."""
@@ -147,13 +165,7 @@ def invert_bank(
         ]
     if control == "shuffled_heads":  # each LoRA under the head of the next
         loras = [replace(x, head=y.head) for x, y in zip(loras, loras[1:] + loras[:1], strict=True)]
-    network = None
-    if prior:
-        network = load_prior(
-            common.data_root / "weights/resnet50_v1_stem_to_layer3.safetensors",
-            stride_in="conv1",
-            eps=1.001e-5,
-        ).to(common.device)
+    network = common.prior() if prior else None
     start = time.time()
     first_step: list[float] = []
 
@@ -267,6 +279,12 @@ if __name__ == "__main__":
     import tyro
 
     tyro.extras.subcommand_cli_from_dict(
-        {"decode": decode_splits, "bank": bank, "invert": invert_bank, "meta": meta, "test": score},
+        {
+            "decode": decode_splits,
+            "bank": bank,
+            "invert": invert_bank,
+            "meta": meta,
+            "score": score,
+        },
         args=sys.argv[1:],
     )
