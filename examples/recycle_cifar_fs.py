@@ -41,7 +41,7 @@ INVERSION = InversionConfig(images_per_class=10, iterations=300, group=8)
 DENSE = MetaConfig(steps=1000, queries=9)
 VARIANTS: dict[str, MetaConfig] = {
     "dense": DENSE,
-    "flip_only": replace(DENSE, resolution=(0.0, 0.0)),
+    "flip_only": replace(DENSE, resolution=(0, 0)),
     "no_interpolation": replace(DENSE, interpolation=0.0),
     "interpolation_1": replace(DENSE, interpolation=1.0),
     "lr1e3": replace(DENSE, lr=1e-3),
@@ -50,7 +50,7 @@ VARIANTS: dict[str, MetaConfig] = {
     "ema": replace(DENSE, ema=0.99),
     "steps3000": replace(DENSE, steps=3000),
     "cosine3000": replace(DENSE, steps=3000, schedule="cosine"),
-    "narrow": replace(DENSE, resolution=(24 / 224, 48 / 224)),
+    "narrow": replace(DENSE, resolution=(24, 48)),
     "last6": replace(DENSE, learn="last:6"),
     "s25": replace(DENSE, sparsity=0.25, sparsity_per="batch"),
     "s50": replace(DENSE, sparsity=0.50, sparsity_per="batch"),

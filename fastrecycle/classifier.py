@@ -97,8 +97,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 "images: expected PIL images or a normalised (B, 3, S, S) tensor from"
                 f" vit.transform, got {type(images).__name__}"
             )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images: expected normalised floats, got {images.dtype}; vit.transform(PIL images)"
+                " makes them"
+            )
         if not torch.isfinite(images).all():
             raise ValueError("images: hold NaN or infinity")
+        images = images.to(self.vit.pos_embed.dtype)  # NumPy's own is float64
         lora = None if self.lora is None else self.lora.to(device)
         with torch.no_grad():
             parts = [

@@ -75,7 +75,7 @@ class InversionConfig:
     tv: float = 0.0
     # Weight of the mean squared pixel.
     l2: float = 0.0
-    # Token pruning {block (0-based): share dropped}, for instance {6: 0.75}.
+    # Token pruning, the share of patches dropped in a block (0-based), for instance 6:0.75.
     prune: dict[int, float] = field(default_factory=dict)
     # Share of the iterations before pruning starts.
     prune_from: float = 0.25
@@ -137,10 +137,10 @@ class MetaConfig:
     temperature: float = 1.0
     # Probability of a horizontal flip, for a task's images together.
     flip: float = 0.5
-    # Resolution augmentation: each step, images shrink to a side drawn between these shares of the
-    # image size and grow back, so that the meta-LoRA cannot learn the texture of synthetic images.
-    # "0 0" turns it off.
-    resolution: tuple[float, float] = (24 / 224, 96 / 224)
+    # Resolution augmentation: each step, images shrink to a side drawn from this range, in pixels,
+    # and grow back, so that the meta-LoRA cannot learn the texture of synthetic images. A side
+    # beyond the image's own leaves it as it is. "0 0" turns it off.
+    resolution: tuple[int, int] = (24, 96)
     # Share of patches masked (Sec. 4.3), from the least important on.
     sparsity: float = 0.0
     # How that share is spent: the same on every image, or drawn for each image around that mean,
@@ -167,8 +167,8 @@ class MetaConfig:
             _require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
         low, high = self.resolution
         _require(
-            (low == high == 0) or 0 < low <= high <= 1,
-            f"resolution: expected 0 < low <= high <= 1, or 0 0 for none, got {self.resolution}",
+            (low == high == 0) or 1 <= low <= high,
+            f"resolution: expected 1 <= low <= high pixels, or 0 0 for none, got {self.resolution}",
         )
         self.learned_blocks(12)
         _require(
@@ -220,20 +220,30 @@ class EvalConfig:
 
     # Classes of each task.
     ways: int = 5
-    # Support images a class.
-    shots: int = 1
+    # Support images a class; several are evaluated one after the other.
+    shots: tuple[int, ...] = (1,)
     # Query images a class.
     queries: int = 15
     # Number of tasks.
     tasks: int = 600
-    # Split of the data set.
+    # Split of the data set: train, val or test.
     split: str = "test"
     # Seed of the task list.
     seed: int = 0
+    # Distance of a query to a prototype (Eq. 3b).
+    distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
+    # Prune test images too, as BLOCK:RATIO (another protocol than the paper's).
+    prune: dict[int, float] = field(default_factory=dict)
+    # Images a forward pass.
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        _require(len(self.shots) > 0, "shots: expected at least one number, got none")
+        _require(self.batch_size >= 1, f"batch_size: must be >= 1, got {self.batch_size}")
 
 
 PAPER_INVERSION = InversionConfig(images_per_class=20, iterations=2000, prune={11: 0.75})
-PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0.0, 0.0), sparsity_per="batch")
+PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0, 0), sparsity_per="batch")
 PRESETS: dict[str, tuple[InversionConfig, MetaConfig]] = {
     "default": (InversionConfig(), MetaConfig()),
     "paper": (PAPER_INVERSION, PAPER_META),

@@ -7,7 +7,7 @@ N images, F features, T tasks, W ways, K shots, Q queries a class. Run as a comm
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fastrecycle.vit import ViT
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """Accuracy on a task list, in percent."""
 
@@ -57,7 +57,7 @@ class Result:
         return Result.of(self.per_task - other.per_task)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pixels:
     """A decoded and resized split, kept as 8-bit pixels to be embedded again and again."""
 
@@ -187,20 +187,52 @@ def evaluate(
         FileNotFoundError: no such data set; the text says what to put where.
         ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
     """
+    results = evaluate_shots(
+        vit, lora, dataset, shots=(shots,), ways=ways, queries=queries, tasks=tasks, split=split,
+        seed=seed, distance=distance, prune=prune, data_root=data_root, batch_size=batch_size,
+        precision=precision, progress=progress,
+    )  # fmt: skip
+    return results[shots]
+
+
+def evaluate_shots(
+    vit: ViT,
+    lora: LoRA | None,
+    dataset: Any,
+    *,
+    shots: Sequence[int],
+    ways: int = 5,
+    queries: int = 15,
+    tasks: int = 600,
+    split: str = "test",
+    seed: int = 0,
+    distance: Distance = "euclidean",
+    prune: dict[int, float] | None = None,
+    data_root: str | Path | None = None,
+    batch_size: int = 128,
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> dict[int, Result]:
+    """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
     if lora is not None:
         lora = lora.fit(vit.config)
-    source = dataset if isinstance(dataset, Pixels) else load_dataset(dataset, split, data_root)
-    drawn = episodes(
-        source.labels, ways, shots, queries, tasks, seed, class_names=source.class_names
-    )
-    used = drawn.images
+    source = dataset
+    if not isinstance(dataset, Pixels):
+        source = load_dataset(dataset, split, data_root)
+    drawn = {
+        count: episodes(
+            source.labels, ways, count, queries, tasks, seed, class_names=source.class_names
+        )
+        for count in shots
+    }
+    used = np.unique(np.concatenate([lists.images for lists in drawn.values()]))
     features = embed(
         vit, lora, source, used, prune=prune, batch_size=batch_size, precision=precision,
         progress=progress,
     )  # fmt: skip
     everywhere = features.new_zeros(len(source.labels), features.shape[1])
     everywhere[torch.from_numpy(used).to(features.device)] = features
-    return score_episodes(everywhere, drawn, distance)
+    return {count: score_episodes(everywhere, lists, distance) for count, lists in drawn.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

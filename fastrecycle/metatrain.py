@@ -280,8 +280,7 @@ class MetaTrainer:
         low, high = config.resolution
         side = self.vit.config.image_size
         if high > 0:
-            least = max(1, round(low * side))
-            small = int(rng.integers(least, max(least, round(high * side)) + 1))
+            small = int(rng.integers(low, high + 1))
             if small < side:
                 resize = torch.nn.functional.interpolate
                 pixels = resize(pixels, small, mode="bilinear", antialias=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class MetaLoRARecycler:
 
     Args:
         vit: the frozen backbone.
-        bank: LoRAs of that backbone, with heads.
+        bank: LoRAs of that backbone, with heads; may be empty for meta-training on a given pool.
         prior: a network with BatchNorm for R_BN; "demo", a path, "torchvision:resnet50", a module
             (see `fastrecycle.prior.load_prior`), or None.
         inversion: settings of LoRA Inversion.
@@ -70,6 +70,7 @@ class MetaLoRARecycler:
         seed: of everything drawn.
         validation: a data set for choosing the step that is returned, never test data; None returns
             the last.
+        inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
 
     Raises:
@@ -92,6 +93,7 @@ class MetaLoRARecycler:
         precision: Precision = "auto",
         seed: int = 0,
         validation: Any = None,
+        inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ):
         self.device = resolve_device(device)
@@ -99,8 +101,7 @@ class MetaLoRARecycler:
         self.precision = resolve_precision(precision, self.device)
         self.inversion = inversion or InversionConfig()
         self.meta = meta or MetaConfig()
-        bank = bank if isinstance(bank, LoRABank) else LoRABank(bank)
-        self.bank = bank.fit(vit.config)
+        self.bank: Sequence[LoRA] = LoRABank(bank).fit(vit.config) if len(bank) else ()
         for indices in groups(self.bank, self.inversion.group):
             check_inversion(vit, [self.bank[i] for i in indices], self.inversion)
         network = load_prior(prior)
@@ -108,6 +109,7 @@ class MetaLoRARecycler:
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__
         self.vit = vit.to(self.device)
         self.seed, self.validation, self.quiet = seed, validation, quiet
+        self.inputs = dict(inputs or {})
         self.pool: SyntheticPool | None = None
         self.result: MetaResult | None = None
         log.info("device %s, backend %s, precision %s", self.device, self.backend, self.precision)
@@ -123,11 +125,17 @@ class MetaLoRARecycler:
                 "device": self.device.type,
             },
             "seed": self.seed,
-            "inputs": {"loras": [lora.name for lora in self.bank], "prior": str(self.prior_name)},
+            "inputs": {
+                "loras": [lora.name for lora in self.bank],
+                "prior": str(self.prior_name),
+                **self.inputs,
+            },
         }
 
     def invert(self, folder: str | Path | None = None) -> SyntheticPool:
         """Synthesise the pool; with a folder, go on from what it holds and save there."""
+        if not len(self.bank):
+            raise ValueError("bank: no LoRAs to invert")
         total = len(self.bank) * self.inversion.iterations
         target = None if folder is None else runs.RunFolder(folder, self._stage_manifest("invert"))
         with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import signal
 import sys
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 
 import fastrecycle
-from fastrecycle.files import read_json, sha256, write_json
+from fastrecycle.files import read_json, write_json
+from fastrecycle.inputs import same_inputs
 
 
 def versions() -> dict[str, str]:
@@ -42,17 +44,6 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def input_hashes(**paths: Any) -> dict[str, str]:
-    """SHA-256 of every input that is a file or a folder; other inputs by what they were called."""
-    hashes = {}
-    for name, path in paths.items():
-        if isinstance(path, str | Path) and Path(path).exists():
-            hashes[name] = f"{path} sha256:{sha256(path)}"
-        else:
-            hashes[name] = str(path)
-    return hashes
-
-
 class RunFolder:
     """Where a run writes its manifest and metrics; opened again, it must be the same run.
 
@@ -66,12 +57,10 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
-            old = read_json(path)
-            changed = [
-                key
-                for key in ("config", "seed", "inputs")
-                if old.get(key) != json.loads(json.dumps(manifest.get(key), default=str))
-            ]
+            old, new = read_json(path), json.loads(json.dumps(manifest, default=str))
+            changed = [key for key in ("config", "seed") if old.get(key) != new.get(key)]
+            if not same_inputs(old.get("inputs", {}), new.get("inputs", {})):
+                changed.append("input")
             if changed:
                 raise ValueError(
                     f"{self.folder}: holds a run with another {' and '.join(changed)}; go on with"
@@ -79,12 +68,17 @@ class RunFolder:
                 )
         else:
             write_json(path, {**manifest, "versions": versions()})
+        self.log = self.folder / "metrics.jsonl"
+        if self.log.exists():
+            # a full disk may have cut the last line short
+            whole = self.log.read_bytes().rpartition(b"\n")
+            os.truncate(self.log, len(whole[0] + whole[1]))
 
     def metrics(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
         if values:
             line = json.dumps({"stage": stage, "step": step, "time": time.time(), **values})
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
 

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastrecycle import inversion
 from fastrecycle.config import InversionConfig
@@ -228,9 +231,26 @@ def test_gradient_of_a_task_reaches_no_other_image():
     assert not gradient[1].any()
 
 
-def test_groups_take_heads_of_one_size_in_order():
-    bank = [toys.lora(i, ways) for i, ways in enumerate((3, 2, 3, 3, 2))]
-    assert list(groups(bank, 2)) == [[0, 2], [3], [1, 4]]
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 3), min_size=1, max_size=14), st.integers(1, 6))
+def test_groups_cover_the_bank_with_heads_of_one_size(ways, size):
+    bank = [SimpleNamespace(head=SimpleNamespace(classes=w)) for w in ways]
+    drawn = list(groups(bank, size))
+    assert sorted(sum(drawn, [])) == list(range(len(ways)))
+    for group in drawn:
+        assert 1 <= len(group) <= size
+        assert group == sorted(group)
+        assert len({ways[i] for i in group}) == 1
+
+
+def test_groups_are_of_one_shape_where_that_costs_little():
+    shapes = {(count, size): [len(g) for g in groups([toys.lora(0)] * count, size)]
+              for count, size in ((8, 4), (9, 4), (7, 4), (5, 4), (3, 8))}  # fmt: skip
+    assert shapes[8, 4] == [4, 4]
+    assert shapes[9, 4] == [3, 3, 3]
+    assert shapes[7, 4] == [4, 3]  # 7 is prime
+    assert shapes[5, 4] == [4, 1]
+    assert shapes[3, 8] == [3]
 
 
 # ------------------------------------------------------------------ what comes out
@@ -377,7 +397,7 @@ class Stop:
 
 @pytest.mark.parametrize("at", [1, 5, 8, 9, 12])  # 8 is a group's last iteration
 def test_stopped_and_resumed_is_bit_equal(tmp_path, at):
-    vit, bank, prior = toys.vit(), toys.bank(3), toys.prior()
+    vit, bank, prior = toys.vit(), toys.bank(4), toys.prior()
     cfg = config(checkpoint_every=3)
     whole = invert(vit, bank, prior, cfg)
     with pytest.raises(KeyboardInterrupt):
@@ -388,10 +408,10 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path, at):
     )
     assert same(whole, resumed)
     assert len(steps) == 16 - at  # nothing is done twice: 2 groups of 8 iterations
-    assert steps[-1:] in ([24], [])
-    assert same(whole, [inversion.TaskImages.load(task_file(tmp_path, i)) for i in range(3)])
+    assert steps[-1] == 32
+    assert same(whole, [inversion.TaskImages.load(task_file(tmp_path, i)) for i in range(4)])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"task-00000{i}.safetensors" for i in range(3)
+        f"task-00000{i}.safetensors" for i in range(4)
     ]
     again = invert(vit, bank, prior, cfg, folder=tmp_path, stop=lambda: pytest.fail("no work left"))
     assert same(whole, again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 from collections import deque
@@ -58,6 +59,15 @@ class ImageDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: index must be in [0, {len(self)}), got {index}")
         return to_rgb(self.pixels[index])
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of every image's name, class and bytes (pixels, where it lies in memory)."""
+        digest = hashlib.sha256()
+        stored = self.pixels if isinstance(self.pixels, FileImages) else None
+        for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
+            digest.update(f"{file}\0{self.class_names[label]}\0".encode())
+            digest.update(stored.read(index) if stored else self.open(index).tobytes())
+        return digest.hexdigest()
 
     def images(
         self,
@@ -151,8 +161,11 @@ class FileImages(Sequence[Image.Image]):
 
     def __getitem__(self, index: Any) -> Any:
         """Image `index`, loaded."""
-        name = self._files[index]
-        return decode(self._store.read(name), f"{name} in {self._store.path}")
+        return decode(self.read(index), f"{self._files[index]} in {self._store.path}")
+
+    def read(self, index: int) -> bytes:
+        """The file of image `index` as it is."""
+        return self._store.read(self._files[index])
 
 
 class ArrayImages(Sequence[Image.Image]):

@@ -1,0 +1,572 @@
+"""The command line: demo, pretune, invert, meta-train, recycle, eval, report, info.
+
+Options become the same dataclasses that the Python interface takes (`fastrecycle.options`); this
+file wires stages, prints results and turns exceptions into one line and an exit status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fastrecycle
+from fastrecycle import options as o
+from fastrecycle import run as runs
+
+OK, BROKEN, FAILED, INTERRUPTED = 0, 1, 2, 130
+
+Run = Callable[[Any], int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its options, what it does, and what its help teaches."""
+
+    options: type
+    run: Run
+    purpose: str
+    example: str
+    results: str
+
+    @property
+    def description(self) -> str:
+        """The head of the help text."""
+        return f"{self.purpose}\n\nExample:\n  {self.example}\n\nResults: {self.results}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status.
+
+    0: done. 1: `info` found something broken. 2: bad input, one line on stderr. 130: interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return OK if words else FAILED
+    if words[0] in ("-V", "--version", "version"):
+        print(f"fastrecycle {fastrecycle.__version__}")
+        return OK
+    name = words[0].replace("_", "-")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {words[0]!r}; {hint}")
+    return _run(name, words[1:], prog=f"fastrecycle {name}")
+
+
+def run_eval(arguments: Sequence[str]) -> int:
+    """`python -m fastrecycle.eval`: returns the exit status."""
+    return _run("eval", list(arguments), prog="python -m fastrecycle.eval")
+
+
+def overview() -> str:
+    """What `fastrecycle --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastrecycle COMMAND [OPTIONS]",
+            "",
+            "Recycle LoRAs that others trained into one meta-LoRA, with which a frozen vision",
+            "transformer solves new few-shot tasks in a single forward pass.",
+            "",
+            *lines,
+            "",
+            "fastrecycle COMMAND --help explains a command; fastrecycle --version is known too.",
+            "Start with: fastrecycle demo",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------- errors and messages
+
+
+def _run(name: str, words: list[str], prog: str) -> int:
+    command = COMMANDS[name]
+    debug = "--debug" in words or os.environ.get("FASTRECYCLE_DEBUG", "") not in ("", "0")
+    out: Path | None = None
+    try:
+        options: Any = o.parse(command.options, words, prog=prog, description=command.description)
+        out = getattr(options, "out", None)
+        with _messages(options.common.quiet):
+            return command.run(options)
+    except SystemExit as stop:  # tyro: help, or an option that it refuses
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except KeyboardInterrupt:
+        again = shlex.join([*prog.split(), *words])
+        kept = f"; finished work is in {out}, go on with: {again}" if out and out.exists() else ""
+        print(f"fastrecycle: interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, TypeError, OSError, IndexError, RuntimeError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_reason(error, out))
+
+
+def _reason(error: BaseException, out: Path | None) -> str:
+    """One line that says what was wrong."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or out or "the disk"
+        return (
+            f"{where}: no space left on the disk; finished work is kept, make room and run the"
+            " same command again to go on"
+        )
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _fail(reason: str) -> int:
+    print(f"fastrecycle: error: {reason}", file=sys.stderr)
+    return FAILED
+
+
+@contextlib.contextmanager
+def _messages(quiet: bool) -> Iterator[None]:
+    """The library's log on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("fastrecycle: %(message)s"))
+    log = logging.getLogger("fastrecycle")
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+@contextlib.contextmanager
+def image_progress(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over images whose number is known with the first of them."""
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[int, dict[str, float]], None]] = []
+
+        def update(done: int, total: int) -> None:
+            if not bars:
+                bars.append(
+                    stack.enter_context(runs.progress(title, total, unit="img", quiet=quiet))
+                )
+            bars[0](done, {})
+
+        yield update
+
+
+# ---------------------------------------------------------------------- what commands share
+
+
+def _hidden(common: o.Common) -> bool:
+    return common.quiet or common.no_progress
+
+
+def _backbone(options: Any) -> tuple[Any, dict[str, str]]:
+    """The backbone on the CPU, and its line in the manifest."""
+    from fastrecycle.inputs import network_input
+    from fastrecycle.vit import ViT
+
+    source = options.backbone.backbone
+    vit = ViT.from_pretrained(source, o.backbone_config(options.backbone.backbone_config))
+    return vit, network_input(source, vit)
+
+
+def _packaged_alone(option: str, value: str, backbone: str) -> None:
+    """Raise where the demo's LoRAs would meet another backbone, which shapes alone may not show."""
+    if value in ("demo", "average:demo") and backbone != "demo":
+        raise ValueError(
+            f"{option}: the packaged LoRAs belong to the packaged backbone, not to {backbone};"
+            f" give --{option}" + (" a PEFT folder or none" if option == "lora" else " a folder")
+        )
+
+
+def _network(options: Any) -> tuple[Any, dict[str, Any]]:
+    """The prior network, and its line in the manifest."""
+    from fastrecycle.inputs import network_input
+    from fastrecycle.prior import load_prior
+
+    prior = options.prior
+    network = load_prior(prior.prior, stride_in=prior.prior_stride_in, eps=prior.prior_eps)
+    if network is None:
+        return None, {"source": "none"}
+    told = {k: v for k, v in dataclasses.asdict(prior).items() if v is not None}
+    return network, {**network_input(prior.prior, network), **told}
+
+
+def _bank(source: str, backbone: str) -> tuple[Any, dict[str, str]]:
+    from fastrecycle.inputs import loras_input
+    from fastrecycle.lora import LoRABank
+
+    _packaged_alone("bank", source, backbone)
+    bank = LoRABank.load(source)
+    return bank, loras_input(source, bank)
+
+
+def _validation(options: Any, vit: Any) -> tuple[Any, dict[str, Any]]:
+    """Decoded validation images, and their line in the manifest; nothing where none are given."""
+    from fastrecycle.data import episodes, load_dataset
+    from fastrecycle.eval import decode
+    from fastrecycle.inputs import dataset_input
+
+    if options.validation is None:
+        return None, {}
+    root, meta = options.common.data_root, options.meta
+    dataset = load_dataset(options.validation, "val", root)
+    # raises now, not after hours, where its classes are too few or too small
+    episodes(dataset.labels, meta.ways, meta.shots, 15, 1, 0, class_names=dataset.class_names)
+    with image_progress("validation images", _hidden(options.common)) as update:
+        pixels = decode(vit, dataset, progress=update)
+    return pixels, {"validation": dataset_input(options.validation, dataset, root)}
+
+
+def _recycler(options: Any, vit: Any, bank: Any, prior: Any, **more: Any) -> Any:
+    from fastrecycle.recycler import MetaLoRARecycler
+
+    return MetaLoRARecycler(
+        vit,
+        bank,
+        prior,
+        getattr(options, "inversion", None),
+        getattr(options, "meta", None),
+        device=options.common.device,
+        backend=options.training.backend,
+        precision=options.common.precision,
+        seed=options.training.seed,
+        quiet=_hidden(options.common),
+        **more,
+    )
+
+
+def _save_backbone(recycler: Any, out: Path) -> None:
+    """Where the backbone itself learned (--learn backbone), save that too."""
+    if recycler.meta.learn == "backbone":
+        recycler.result.vit.save(out / "backbone.safetensors")
+        print(f"backbone: {out / 'backbone.safetensors'} (evaluate it with --lora none)")
+
+
+def _say_meta(recycler: Any, out: Path, options: Any) -> None:
+    result = recycler.result
+    score = result.validation.get(result.best_step)
+    chosen = "" if score is None else f", {score:.2f} % on validation tasks"
+    print(f"meta-LoRA: {out / 'meta_lora'} (step {result.best_step}{chosen})")
+    backbone = options.backbone.backbone
+    print(f"next: fastrecycle eval --dataset NAME --backbone {backbone} --lora {out / 'meta_lora'}")
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def _demo(options: o.Demo) -> int:
+    from fastrecycle.demo import run_demo
+
+    run_demo(
+        options.out,
+        schedule=options.schedule,
+        data_root=options.common.data_root,
+        seed=options.seed,
+        device=options.common.device,
+        precision=options.common.precision,
+        quiet=_hidden(options.common),
+    )
+    return OK
+
+
+def _pretune(options: o.Pretune) -> int:
+    from fastrecycle.data import load_dataset
+    from fastrecycle.eval import decode
+    from fastrecycle.inputs import dataset_input
+    from fastrecycle.pretune import pretune
+    from fastrecycle.recycler import resolve_device, resolve_precision
+
+    config, out = options.pretune, options.out
+    device = resolve_device(options.common.device)
+    precision = resolve_precision(options.common.precision, device)
+    vit, backbone = _backbone(options)
+    root = options.common.data_root
+    dataset = load_dataset(options.dataset, options.split, root, download=options.download)
+    manifest = {
+        "command": "pretune",
+        "config": {
+            "pretune": runs.settings(config),
+            "split": options.split,
+            "device": device.type,
+            "precision": precision,
+        },
+        "seed": options.seed,
+        "inputs": {"backbone": backbone, "dataset": dataset_input(options.dataset, dataset, root)},
+    }
+    folder = runs.RunFolder(out, manifest)
+    # A group that was cut short trains again as a whole: who trains beside whom changes rounding.
+    numbers = [
+        range(start, min(start + config.group, config.num))
+        for start in range(0, config.num, config.group)
+    ]
+    done = frozenset(
+        i
+        for group in numbers
+        if all((out / f"{i:04d}" / "adapter_config.json").exists() for i in group)
+        for i in group
+    )
+    if len(done) < config.num:
+        hidden = _hidden(options.common)
+        with image_progress("decoding", hidden) as update:
+            pixels = decode(vit, dataset, progress=update)
+        total = config.num * config.steps
+        with runs.progress("pre-tuning", total, quiet=hidden) as advance:
+
+            def on_step(step: int, values: dict[str, float]) -> None:
+                advance(step, values)
+                folder.metrics("pretune", step, values)
+
+            pretune(
+                vit.to(device),
+                pixels,
+                config,
+                seed=options.seed,
+                precision=precision,
+                on_step=on_step,
+                on_lora=lambda number, lora: lora.save(out / f"{number:04d}"),
+                done=done,
+            )
+    print(f"bank: {out} ({config.num} LoRAs)")
+    print(f"next: fastrecycle recycle --backbone {options.backbone.backbone} --bank {out}")
+    return OK
+
+
+def _invert(options: o.Invert) -> int:
+    vit, backbone = _backbone(options)
+    bank, loras = _bank(options.bank, options.backbone.backbone)
+    prior, network = _network(options)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network}
+    recycler = _recycler(options, vit, bank, prior, inputs=inputs)
+    pool = recycler.invert(options.out)
+    print(f"pool: {options.out} ({len(pool)} images of {len(pool.parts)} LoRAs)")
+    print(
+        f"next: fastrecycle meta-train --backbone {options.backbone.backbone} --pool {options.out}"
+    )
+    return OK
+
+
+def _meta_train(options: o.MetaTrain) -> int:
+    from fastrecycle.inputs import pool_input
+    from fastrecycle.pool import SyntheticPool
+
+    pool = SyntheticPool.load(options.pool)
+    vit, backbone = _backbone(options)
+    validation, extra = _validation(options, vit)
+    inputs = {"backbone": backbone, "pool": pool_input(options.pool), **extra}
+    recycler = _recycler(options, vit, (), None, validation=validation, inputs=inputs)
+    lora = recycler.meta_train(pool, options.out)
+    lora.save(options.out / "meta_lora")
+    _save_backbone(recycler, options.out)
+    _say_meta(recycler, options.out, options)
+    return OK
+
+
+def _recycle(options: o.Recycle) -> int:
+    vit, backbone = _backbone(options)
+    bank, loras = _bank(options.bank, options.backbone.backbone)
+    prior, network = _network(options)
+    validation, extra = _validation(options, vit)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra}
+    recycler = _recycler(options, vit, bank, prior, validation=validation, inputs=inputs)
+    recycler.run(options.out)
+    _save_backbone(recycler, options.out)
+    _say_meta(recycler, options.out, options)
+    return OK
+
+
+def _eval(options: o.Eval) -> int:
+    from fastrecycle.data import load_dataset
+    from fastrecycle.eval import evaluate_shots
+    from fastrecycle.files import write_json
+    from fastrecycle.inputs import dataset_input
+    from fastrecycle.recycler import resolve_device, resolve_precision
+    from fastrecycle.report import text_table
+
+    config, root = options.eval, options.common.data_root
+    device = resolve_device(options.common.device)
+    precision = resolve_precision(options.common.precision, device)
+    dataset = load_dataset(options.dataset, config.split, root, download=options.download)
+    vit, backbone = _backbone(options)
+    lora, inputs = _evaluated(options.lora, options.backbone.backbone)
+    start = time.perf_counter()
+    with image_progress("embedding", _hidden(options.common)) as update:
+        results = evaluate_shots(
+            vit.to(device),
+            lora,
+            dataset,
+            shots=config.shots,
+            ways=config.ways,
+            queries=config.queries,
+            tasks=config.tasks,
+            seed=config.seed,
+            distance=config.distance,
+            prune=config.prune or None,
+            batch_size=config.batch_size,
+            precision=precision,
+            progress=update,
+        )
+    seconds = time.perf_counter() - start
+    rows = [
+        [f"{config.ways}-way {shots}-shot", f"{r.accuracy:.2f}", f"± {r.ci95:.2f}",
+         str(config.tasks)]
+        for shots, r in results.items()
+    ]  # fmt: skip
+    print(f"{dataset.name}, split {config.split}; LoRA: {options.lora}")
+    print(text_table(["tasks", "accuracy (%)", "95 % interval", "number"], rows))
+    print(f"{seconds:.1f} s on {device}")
+    if options.json is not None:
+        listed = [
+            {
+                "shots": shots,
+                "accuracy": r.accuracy,
+                "ci95": r.ci95,
+                "per_task": r.per_task.tolist(),
+            }
+            for shots, r in results.items()
+        ]
+        settings = {
+            **runs.settings(config),
+            "dataset": options.dataset,
+            "backbone": options.backbone.backbone,
+            "backbone_config": list(options.backbone.backbone_config),
+            "lora": options.lora,
+            "device": str(device),
+            "precision": precision,
+        }
+        content = {
+            "results": listed,
+            "settings": settings,
+            "seconds": seconds,
+            "versions": runs.versions(),
+            "inputs": {
+                "dataset": dataset_input(options.dataset, dataset, root),
+                "backbone": backbone,
+                **inputs,
+            },
+        }
+        if len(listed) == 1:  # one result also stands at the top
+            content |= listed[0]
+        write_json(options.json, content)
+        print(f"written: {options.json}")
+    return OK
+
+
+def _evaluated(source: str, backbone: str) -> tuple[Any, dict[str, Any]]:
+    """The LoRA that --lora names, and its line in the results."""
+    from fastrecycle.inputs import loras_input
+    from fastrecycle.lora import LoRA, LoRABank
+
+    if source == "none":
+        return None, {}
+    _packaged_alone("lora", source, backbone)
+    if source.startswith("average:"):
+        bank = LoRABank.load(source.partition(":")[2])
+        return LoRA.average(list(bank)), {"lora": loras_input(source, bank)}
+    lora = LoRA.load(source)
+    return lora, {"lora": loras_input(source, [lora])}
+
+
+def _report(options: o.Report) -> int:
+    from fastrecycle.report import write_report
+
+    for path in write_report(options.run):
+        print(path)
+    return OK
+
+
+def _info(options: o.Info) -> int:
+    from fastrecycle.info import describe
+
+    found = describe(
+        options.source,
+        config=o.backbone_config(options.backbone.backbone_config),
+        data_root=options.common.data_root,
+        full=options.full,
+    )
+    print("\n".join(found.lines))
+    for problem in found.problems:
+        print(f"problem: {' '.join(problem.split())}")
+    return BROKEN if found.problems else OK
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        o.Demo,
+        _demo,
+        "Recycle a part of the packaged bank on this machine and evaluate what comes out.",
+        "fastrecycle demo",
+        "a table; results.json, synthetic.png, the synthetic pool and the meta-LoRA in --out.",
+    ),
+    "pretune": Command(
+        o.Pretune,
+        _pretune,
+        "Make a bank of LoRAs with heads, each trained on its own few-way task of a data set.",
+        "fastrecycle pretune --dataset cifar_fs --num 100 --ways 5 --rank 4 --out runs/bank",
+        "one PEFT folder a LoRA, run.json and metrics.jsonl in --out.",
+    ),
+    "invert": Command(
+        o.Invert,
+        _invert,
+        "Synthesise images from a bank of LoRAs (step 1 of LoRA Recycle).",
+        "fastrecycle invert --bank runs/bank --iterations 300 --prune 6:0.75 --out runs/pool",
+        "task-*.safetensors (images, labels, kept patches, teacher logits), run.json and"
+        " metrics.jsonl in --out.",
+    ),
+    "meta-train": Command(
+        o.MetaTrain,
+        _meta_train,
+        "Meta-train one meta-LoRA on synthetic tasks (step 2 of LoRA Recycle).",
+        "fastrecycle meta-train --pool runs/pool --steps 2000 --out runs/meta",
+        "meta_lora (a PEFT folder), run.json and metrics.jsonl in --out.",
+    ),
+    "recycle": Command(
+        o.Recycle,
+        _recycle,
+        "Turn a bank of LoRAs into one meta-LoRA: invert, then meta-train.",
+        "fastrecycle recycle --bank runs/bank --inversion.iterations 300 --out runs/recycle",
+        "meta_lora (a PEFT folder), pool, meta, run.json and metrics.jsonl in --out.",
+    ),
+    "eval": Command(
+        o.Eval,
+        _eval,
+        "Evaluate a meta-LoRA on few-shot tasks, without fine-tuning.",
+        "fastrecycle eval --dataset cifar_fs --lora runs/recycle/meta_lora --shots 1 5",
+        "a table on stdout; with --json FILE also every task's accuracy, settings, versions and"
+        " SHA-256 of the inputs.",
+    ),
+    "report": Command(
+        o.Report,
+        _report,
+        "Draw a run's curves and synthetic images and list its settings and results.",
+        "fastrecycle report runs/recycle",
+        "report.md, curves.png and synthetic.png in the run's folder.",
+    ),
+    "info": Command(
+        o.Info,
+        _info,
+        "Describe a backbone, LoRA, bank, pool, run or data set, and check it.",
+        "fastrecycle info runs/bank",
+        "a description on stdout; exit status 1 where something is broken.",
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

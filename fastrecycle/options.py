@@ -1,0 +1,496 @@
+"""Options of the command line: the stage dataclasses, what commands share, and config files.
+
+The comment above a field is its help text. A value comes from the command line, else from the
+file that --config names, else from the preset, else from the dataclass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from fastrecycle.config import (
+    PRESETS,
+    EvalConfig,
+    InversionConfig,
+    MetaConfig,
+    Precision,
+    PretuneConfig,
+)
+from fastrecycle.ops import Backend
+
+Options = TypeVar("Options")
+Preset = Literal["default", "paper", "quick"]
+
+# Sections of a config file, which may serve several commands.
+STAGES: dict[str, type] = {
+    "pretune": PretuneConfig,
+    "inversion": InversionConfig,
+    "meta": MetaConfig,
+    "eval": EvalConfig,
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    # Where to compute: auto (CUDA where there is one), cpu, cuda, cuda:1.
+    device: str = "auto"
+    # Arithmetic; auto is bf16 on CUDA and fp32 elsewhere.
+    precision: Precision = "auto"
+    # Folder of the registered data sets; unset means the environment's FASTRECYCLE_DATA.
+    data_root: Path | None = None
+    # YAML or TOML file with any of these options; the command line goes before it.
+    config: Path | None = None
+    # No progress bars.
+    no_progress: bool = False
+    # Results and errors alone.
+    quiet: bool = False
+    # Show where in the code an error came from (as FASTRECYCLE_DEBUG=1 does).
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage that trains takes."""
+
+    # reference is eager PyTorch, compile is torch.compile; auto: compile on CUDA.
+    backend: Backend = "auto"
+    # Seed of everything drawn.
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The frozen vision transformer."""
+
+    # demo (packaged), a file or folder, open_clip:MODEL/PRETRAINED, timm:NAME or hf:OWNER/REPO.
+    backbone: str = "demo"
+    # What the weights do not tell: a JSON file, a preset's name, or pairs such as
+    # activation=quick_gelu mean=0.5,0.5,0.5.
+    backbone_config: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The network with BatchNorm whose statistics natural images have."""
+
+    # demo (packaged), a ResNet's file, torchvision:resnet50, timm:NAME, or none.
+    prior: str = "demo"
+    # Where a bottleneck's stride is, if the file does not say.
+    prior_stride_in: Literal["conv1", "conv2"] | None = None
+    # Epsilon of its BatchNorms, likewise.
+    prior_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Recycle a part of the packaged bank, evaluate it, and show what came out."""
+
+    common: OmitArgPrefixes[Common]
+    # Folder of the results.
+    out: Path = Path("runs/demo")
+    # Seed of everything drawn.
+    seed: int = 0
+    # quick fits two CPU cores in minutes; full takes a GPU; auto chooses by the device.
+    schedule: Literal["auto", "quick", "full"] = "auto"
+
+
+@dataclass(frozen=True)
+class Pretune:
+    """Make a bank of LoRAs from labelled images."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    pretune: OmitArgPrefixes[PretuneConfig]
+    # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
+    dataset: str
+    # Split of the data set: train, val or test.
+    split: str = "train"
+    # Folder of the bank.
+    out: Path = Path("runs/bank")
+    # Seed of everything drawn.
+    seed: int = 0
+    # Fetch a registered data set that is absent, where it has an official direct link.
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Synthesise images from a bank of LoRAs."""
+
+    common: OmitArgPrefixes[Common]
+    training: OmitArgPrefixes[Training]
+    backbone: OmitArgPrefixes[Backbone]
+    prior: OmitArgPrefixes[Prior]
+    inversion: OmitArgPrefixes[InversionConfig]
+    # demo (packaged), or a folder of PEFT folders.
+    bank: str = "demo"
+    # Folder of the synthetic pool.
+    out: Path = Path("runs/pool")
+    # Settings to start from: default, paper (the paper's), quick.
+    preset: Preset = "default"
+
+
+@dataclass(frozen=True)
+class MetaTrain:
+    """Meta-train a meta-LoRA on a synthetic pool."""
+
+    common: OmitArgPrefixes[Common]
+    training: OmitArgPrefixes[Training]
+    backbone: OmitArgPrefixes[Backbone]
+    meta: OmitArgPrefixes[MetaConfig]
+    # Folder that `fastrecycle invert` wrote.
+    pool: Path
+    # Data set whose split "val" chooses the step that is returned; unset returns the last.
+    validation: str | None = None
+    # Folder of the results.
+    out: Path = Path("runs/meta")
+    # Settings to start from: default, paper (the paper's), quick.
+    preset: Preset = "default"
+
+
+@dataclass(frozen=True)
+class Recycle:
+    """Both steps of LoRA Recycle: invert a bank, then meta-train."""
+
+    common: OmitArgPrefixes[Common]
+    training: OmitArgPrefixes[Training]
+    backbone: OmitArgPrefixes[Backbone]
+    prior: OmitArgPrefixes[Prior]
+    inversion: InversionConfig
+    meta: MetaConfig
+    # demo (packaged), or a folder of PEFT folders.
+    bank: str = "demo"
+    # Data set whose split "val" chooses the step that is returned; unset returns the last.
+    validation: str | None = None
+    # Folder of the results.
+    out: Path = Path("runs/recycle")
+    # Settings to start from: default, paper (the paper's), quick.
+    preset: Preset = "default"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Accuracy on few-shot tasks, without fine-tuning."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    eval: OmitArgPrefixes[EvalConfig]
+    # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
+    dataset: str
+    # demo (packaged, for the demo backbone), none (plain nearest class mean), a PEFT folder, or
+    # average:BANK (the mean of a bank's LoRAs).
+    lora: str = "demo"
+    # Also write the results here, as JSON.
+    json: Path | None = None
+    # Fetch a registered data set that is absent, where it has an official direct link.
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Pictures and tables of a run."""
+
+    common: OmitArgPrefixes[Common]
+    # Folder of the run.
+    run: Positional[Path]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Describe a backbone, LoRA, bank, pool, run or data set, and check it."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    # A path, a registered data set's name, or demo.
+    source: Positional[str]
+    # Decode every image of a data set, not one of each class.
+    full: bool = False
+
+
+# ---------------------------------------------------------------------- parsing
+
+
+def _is_table(info: PrimitiveTypeInfo) -> bool:
+    return typing.get_origin(info.type) is dict
+
+
+def _read_table(words: list[str]) -> dict[int, float]:
+    table = {}
+    for word in words:
+        block, colon, ratio = word.partition(":")
+        if not colon:
+            raise ValueError(f"expected BLOCK:RATIO such as 6:0.75, got {word!r}")
+        table[int(block)] = float(ratio)
+    return table
+
+
+def _registry() -> ConstructorRegistry:
+    """tyro's, and pruning schedules written as 6:0.75 8:0.5."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def schedule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if not _is_table(info):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[BLOCK:RATIO ...]",
+            instance_from_str=_read_table,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda table: [f"{block}:{ratio}" for block, ratio in table.items()],
+        )
+
+    return registry
+
+
+def parse(kind: type[Options], arguments: Sequence[str], *, prog: str, description: str) -> Options:
+    """A command's options.
+
+    Raises:
+        SystemExit: --help, or a word that tyro refuses (its text is on stderr).
+        FileNotFoundError, ValueError: the config file is absent, or a key or value of it is wrong.
+
+    """
+    default: Any = _defaults(kind)
+    values: dict[str, Any] = {}
+    file = _told(arguments, "--config")
+    if file is not None:
+        values = read_config(Path(file))
+    preset = _told(arguments, "--preset") or values.get("preset")
+    if preset in PRESETS and hasattr(default, "preset"):
+        for name, stage in zip(("inversion", "meta"), PRESETS[preset], strict=True):
+            if hasattr(default, name):
+                default = replace(default, **{name: stage})
+    default = overlay(default, values, where=str(file))
+    return tyro.cli(
+        kind,
+        prog=prog,
+        description=description,
+        args=list(arguments),
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        registry=_registry(),
+    )
+
+
+def _defaults(kind: type) -> Any:
+    """The options before anything is said; what must be said is MISSING."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            values[field.name] = hints[field.name]()
+        elif field.default is MISSING:
+            values[field.name] = tyro.MISSING
+    return kind(**values)
+
+
+def _told(arguments: Sequence[str], option: str) -> str | None:
+    """The last value of an option among the words."""
+    value = None
+    for i, word in enumerate(arguments):
+        if word == option and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif word.startswith(option + "="):
+            value = word.partition("=")[2]
+    return value
+
+
+# ---------------------------------------------------------------------- config files
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML or TOML file.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it does not parse, or is no table of keys.
+
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file (--config)")
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise ValueError(f"{path}: expected a .yaml or .toml file (--config)")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        else:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a table of options, got {type(values).__name__}")
+    return values
+
+
+def overlay(options: Options, values: Mapping[str, Any], *, where: str) -> Options:
+    """Options with the values of a config file.
+
+    Keys are option names, with - or _, of a stage also below its section ("inversion:"). Sections
+    of stages that this command does not run are checked and left out.
+
+    Raises:
+        ValueError: an unknown key (the closest one is suggested), or a value of the wrong kind.
+
+    """
+    slots = _slots(options)
+    found: dict[tuple[str, ...], Any] = {}
+
+    def walk(table: Mapping[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            name = prefix + str(key).replace("-", "_")
+            if name in slots:
+                path, hint = slots[name]
+                found[path] = coerce(value, hint, f"{where}: {name}")
+            elif isinstance(value, Mapping) and any(s.startswith(f"{name}.") for s in slots):
+                walk(value, f"{name}.")
+            else:
+                close = difflib.get_close_matches(name, slots, n=1, cutoff=0.5)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{where}: unknown key {name}{hint}")
+
+    walk(values, "")
+    changes: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Any] = {}
+    for path, value in found.items():
+        if len(path) == 1:
+            plain[path[0]] = value
+        elif hasattr(options, path[0]):
+            changes.setdefault(path[0], {})[path[1]] = value
+    try:
+        for group, named in changes.items():
+            plain[group] = replace(getattr(options, group), **named)
+        return replace(options, **plain)  # type: ignore[type-var]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _slots(options: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Key -> (where its value goes, its type)."""
+    slots: dict[str, tuple[tuple[str, ...], Any]] = {}
+    several = all(hasattr(options, name) for name in ("inversion", "meta"))
+    for name, hint in typing.get_type_hints(type(options)).items():
+        if not is_dataclass(hint):
+            slots[name] = ((name,), hint)
+            continue
+        for inner, kind in _field_types(hint).items():
+            if not (several and name in STAGES):
+                slots[inner] = ((name, inner), kind)
+    for stage, hint in STAGES.items():
+        for inner, kind in _field_types(hint).items():
+            slots[f"{stage}.{inner}"] = ((stage, inner), kind)
+    return slots
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """A file's value as an option's type.
+
+    Raises:
+        ValueError: it is of another kind.
+
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ValueError(f"{where}: expected {_spelled(hint)}, got {value!r}")
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        (kind,) = (x for x in inner if x is not type(None))
+        return coerce(value, kind, where)
+    if origin is Literal:
+        if value not in inner:
+            raise wrong
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            value = [value]
+        if inner[-1] is Ellipsis:
+            return tuple(coerce(x, inner[0], where) for x in value)
+        if len(value) != len(inner):
+            raise wrong
+        return tuple(coerce(x, kind, where) for x, kind in zip(value, inner, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        try:
+            return {int(k): float(v) for k, v in value.items()}
+        except (TypeError, ValueError):
+            raise wrong from None
+    if isinstance(value, bool) != (hint is bool):
+        raise wrong
+    if hint is int and not isinstance(value, int):
+        raise wrong
+    try:  # YAML reads 1e-3 as a string
+        return hint(value) if isinstance(value, str | int | float) else hint(str(value))
+    except (TypeError, ValueError):
+        raise wrong from None
+
+
+def _spelled(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple:
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        return f"a list of {count}values ({inner[0].__name__})"
+    if origin is dict:
+        return "a table {block: ratio}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def backbone_config(words: Sequence[str]) -> dict[str, Any] | str | None:
+    """What --backbone-config says, as `ViT.from_pretrained` takes it.
+
+    Raises:
+        FileNotFoundError, ValueError: a JSON file that is absent or damaged, or no key=value pair.
+
+    """
+    if not words:
+        return None
+    if len(words) == 1 and "=" not in words[0]:
+        if not words[0].endswith(".json"):
+            return words[0]
+        from fastrecycle.files import read_json
+
+        return read_json(words[0])
+    config = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"backbone-config: expected key=value, got {word!r}")
+        config[key] = [_scalar(x) for x in text.split(",")] if "," in text else _scalar(text)
+    return config
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
