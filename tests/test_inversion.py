@@ -236,7 +236,7 @@ def test_gradient_of_a_task_reaches_no_other_image():
 def test_groups_cover_the_bank_with_heads_of_one_size(ways, size):
     bank = [SimpleNamespace(head=SimpleNamespace(classes=w)) for w in ways]
     drawn = list(groups(bank, size))
-    assert sorted(sum(drawn, [])) == list(range(len(ways)))
+    assert sorted(i for group in drawn for i in group) == list(range(len(ways)))
     for group in drawn:
         assert 1 <= len(group) <= size
         assert group == sorted(group)
