@@ -153,4 +153,5 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, images: Any) -> np.ndarray:
         """The nearest prototype's label, (n,)."""
-        return self.classes_[self.decision_function(images).argmax(-1)]
+        nearest = self.decision_function(images).argmax(-1)  # raises if not fitted
+        return self.classes_[nearest]
