@@ -7,7 +7,7 @@ N images, F features, T tasks, W ways, K shots, Q queries a class. Run as a comm
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,12 @@ def embed(
     device = vit.pos_embed.device
     lora = None if lora is None else lora.to(device)
     indices = np.arange(len(images.labels)) if indices is None else indices
+    batches: Iterator[Tensor]
     if isinstance(images, Pixels):
         rows = torch.from_numpy(indices).to(images.pixels.device)
         batches = (images.pixels[part] for part in rows.split(batch_size))
     else:
-        batches = iter(images.images(indices, vit.resize, batch_size))
+        batches = images.images(indices, vit.resize, batch_size)
     features: list[Tensor] = []
     done = 0
     for batch in batches:

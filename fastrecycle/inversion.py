@@ -157,16 +157,16 @@ class InversionGroup:
         device = vit.pos_embed.device
         side = vit.config.image_size
         generators = [task_generator(seed, task) for task in tasks]
-        count = loras[0].head.classes * config.images_per_class
+        heads = [lora.require_head() for lora in loras]
+        count = heads[0].classes * config.images_per_class
         noise = [torch.randn(count, 3, side, side, generator=g) for g in generators]
         self.jitter = Jitter.draw(generators, config, side)
         self.stack = LoRAStack.of(loras).to(device=device, dtype=dtype)
-        heads = [lora.head for lora in loras]
         self.heads = torch.stack([h.weight for h in heads]).to(device=device, dtype=dtype)
         self.biases = torch.stack(
             [h.weight.new_zeros(h.classes) if h.bias is None else h.bias for h in heads]
         ).to(device=device, dtype=dtype)
-        classes = torch.arange(loras[0].head.classes, device=device)
+        classes = torch.arange(heads[0].classes, device=device)
         self.labels = classes.repeat_interleave(config.images_per_class)
         bounds = vit.normalise(torch.tensor([0.0, 1.0], dtype=dtype).view(2, 1, 1, 1))
         self.low, self.high = (b.to(device) for b in bounds)
@@ -227,7 +227,7 @@ class InversionGroup:
                     survivors = pruned.kept.shape[1]
                     importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
                 order.append(importance.sort(dim=1, descending=True, stable=True).indices)
-                logits.append(own.head(whole.features.float()))
+                logits.append(own.require_head()(whole.features.float()))
             results.append(
                 TaskImages(
                     task=task,

@@ -251,7 +251,7 @@ class MetaTrainer:
             self.vit = ViT(vit.config).to(device)
             self.vit.load_state_dict(vit.state_dict())
             self.vit.requires_grad_(True)
-            self.parameters = list(self.vit.parameters())
+            self.parameters: list[Tensor] = list(self.vit.parameters())
         else:
             self.parameters = [x.requires_grad_() for x in self.lora.tensors()]
         self.optimiser = torch.optim.Adam(self.parameters, lr=config.lr)
@@ -293,8 +293,8 @@ class MetaTrainer:
                 keep = order[:, :count].sort(dim=1).values
             else:
                 counts = keep_ladder(len(rows), self.patches, config.sparsity)
-                counts = rng.permutation(counts)
-                keep = RaggedKeep.of_orders(order, torch.from_numpy(counts).to(device))
+                shuffled = torch.from_numpy(rng.permutation(counts))
+                keep = RaggedKeep.of_orders(order, shuffled.to(device))
         if rng.random() < config.flip:
             pixels = pixels.flip(-1)
             if keep is not None:

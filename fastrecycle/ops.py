@@ -216,7 +216,9 @@ def varlen_attention(
             raise ValueError("varlen_attention: packed tokens on CUDA need longest, got None")
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+        assert isinstance(y, Tensor)  # a tuple only where more than the output is asked for
+        return y
     return reference.varlen_attention(q, k, v, cu_seqlens)
 
 

@@ -118,8 +118,9 @@ class SyntheticPool:
         ids: dict[str, int] = {}
         classes = []
         for i, part in enumerate(parts):
+            names = part.class_names if self.has_names else None
             for label in part.labels.tolist():
-                name = part.class_names[label] if self.has_names else f"LoRA {i} class {label}"
+                name = f"LoRA {i} class {label}" if names is None else names[label]
                 classes.append(ids.setdefault(name, len(ids)))
         self.classes = torch.tensor(classes)
         self.class_names = tuple(ids)

@@ -174,7 +174,7 @@ class ModulePrior(nn.Module):
                 " expected a network such as torchvision's resnet50"
             )
         # those with a stored variance of 0; found once, as looking waits for the device
-        self.guarded = {m for m in self.batch_norms if not (m.running_var > 0).all()}
+        self.guarded = {m for m in self.batch_norms if (m.get_buffer("running_var") == 0).any()}
 
     @property
     def num_bn(self) -> int:
@@ -190,12 +190,16 @@ class ModulePrior(nn.Module):
             x = x.unflatten(0, (segments, -1))
             mu, var = x.mean((1, 3, 4)), x.var((1, 3, 4), correction=0)
             factor = 1.0 if terms else first_bn
-            terms.append(factor * moment_distance(mu, var, layer.running_mean, layer.running_var))
+            stored_mu, stored_var = (
+                layer.get_buffer("running_mean"),
+                layer.get_buffer("running_var"),
+            )
+            terms.append(factor * moment_distance(mu, var, stored_mu, stored_var))
             if layer not in self.guarded:
                 return None
             # its stored mean in, so that the channel passes on its bias alone: see ops.bn_prior
-            stored = layer.running_mean.to(inputs[0].dtype)[:, None, None]
-            return (torch.where(layer.running_var[:, None, None] > 0, inputs[0], stored),)
+            stored = stored_mu.to(inputs[0].dtype)[:, None, None]
+            return (torch.where(stored_var[:, None, None] > 0, inputs[0], stored),)
 
         mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
         std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
@@ -248,10 +252,11 @@ def load_prior(
         import timm
 
         network = timm.create_model(name.partition(":")[2], pretrained=True)
-        cfg = network.pretrained_cfg
+        cfg: Any = network.pretrained_cfg
         return ModulePrior(network, tuple(cfg["mean"]), tuple(cfg["std"]))
     path = Path(source)
     metadata: dict[str, str] = {}
+    tensors: Any
     if path.suffix == ".safetensors":
         tensors, metadata = load_safetensors(path)
     else:
@@ -285,7 +290,7 @@ def _spec(
                 " cannot be known from its names; tell them (--prior-stride-in conv1|conv2,"
                 " --prior-eps 1e-5; load_prior(..., stride_in=, eps=))"
             )
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
     return ResNetSpec(**{k: v for k, v in fields.items() if k in ResNetSpec.__annotations__})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class ViTOutput(NamedTuple):
 
     features: Tensor  # (B, features)
     kept: Tensor  # (B, k) int64, patches alive after the last block, ascending
-    cls_scores: Tensor | None  # (B, k') float32: last block's CLS attention on its patches
+    cls_scores: Tensor  # (B, k') float32: last block's CLS attention on its patches
 
 
 @dataclass(frozen=True)
@@ -416,7 +416,7 @@ class ViT(nn.Module):
         """
         if isinstance(keep, RaggedKeep):
             return self._packed(images, lora, lora_index, prune, keep)
-        return self._encode(images, lora, lora_index, prune, keep, with_scores=False).features
+        return self._encode(images, lora, lora_index, prune, keep, with_scores=False)[0]
 
     def encode(
         self,
@@ -443,7 +443,11 @@ class ViT(nn.Module):
             ValueError: shapes, blocks, ratios or indices that do not fit.
 
         """
-        return self._encode(images, lora, lora_index, prune, keep, with_scores=True)
+        features, kept, scores = self._encode(
+            images, lora, lora_index, prune, keep, with_scores=True
+        )
+        assert scores is not None
+        return ViTOutput(features, kept, scores)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Token embeddings with positions: (B, 3, S, S) -> (B, prefix + patches or k, D).
@@ -509,7 +513,7 @@ class ViT(nn.Module):
             len(images) + 1, device=images.device, dtype=torch.int32
         )
         packing = (starts, keep.longest + config.prefix_tokens)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
             x, _ = block.attend(x, adapter, None, with_scores=False, packing=packing)
             x = block.transform(x, adapter, None)
@@ -536,7 +540,7 @@ class ViT(nn.Module):
         prune: PruneSchedule | None,
         keep: Tensor | None,
         with_scores: bool,
-    ) -> ViTOutput:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         self._check(images, keep)
         config = self.config
         stack = lora.stack() if isinstance(lora, LoRA) else lora
@@ -550,12 +554,12 @@ class ViT(nn.Module):
             kept = keep
         x = self.embed(images, keep)
         scores = None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
             drops = counts[i] < patches
             last = with_scores and i == config.depth - 1
             x, scores = block.attend(x, adapter, lora_index, with_scores=drops or last)
-            if drops:
+            if drops and scores is not None:
                 alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
                 always = torch.arange(config.prefix_tokens, device=x.device)
                 tokens = torch.cat((always.expand(len(x), -1), alive + config.prefix_tokens), dim=1)
@@ -568,7 +572,7 @@ class ViT(nn.Module):
             features = self.head_proj(features)
         if with_scores and scores is not None:
             scores = scores[:, config.prefix_tokens :]
-        return ViTOutput(features, kept, scores if with_scores else None)
+        return features, kept, scores if with_scores else None
 
 
 def flops(
