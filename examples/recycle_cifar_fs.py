@@ -39,7 +39,12 @@ HALF = (0.5, 0.5, 0.5)
 BANK = PretuneConfig()
 INVERSION = InversionConfig(images_per_class=10, iterations=300, group=8)
 DENSE = MetaConfig(steps=1000, queries=9)
+DEMO = MetaConfig(steps=1500, tasks=4)
 VARIANTS: dict[str, MetaConfig] = {
+    "demo": DEMO,
+    "demo_flip": replace(DEMO, resolution=(0, 0)),
+    "demo_low": replace(DEMO, resolution=(16, 48)),
+    "demo_lr1e3": replace(DEMO, lr=1e-3),
     "dense": DENSE,
     "flip_only": replace(DENSE, resolution=(0, 0)),
     "no_interpolation": replace(DENSE, interpolation=0.0),
