@@ -5,6 +5,7 @@ Everything comes with the package; CIFAR-FS is evaluated too where the data root
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from fastrecycle import run as runs
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.data import ImageDataset, load_dataset
+from fastrecycle.data.registry import find_root
 from fastrecycle.eval import Pixels, Result, evaluate_shots
 from fastrecycle.files import write_json
 from fastrecycle.inputs import dataset_input, loras_input, network_input
@@ -28,6 +30,13 @@ from fastrecycle.vit import ViT
 
 SHOTS = (1, 5)
 TASKS = 600
+
+NN, AVERAGE, HERE, PACKAGED = (
+    "NN",
+    "LoRAs-Avg + NN",
+    "LoRA Recycle, run here",
+    "LoRA Recycle, packaged",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,12 @@ FULL = Plan(
 )
 
 
+def choose_plan(schedule: Literal["auto", "quick", "full"], device: torch.device) -> Plan:
+    """`QUICK` or `FULL`; "auto" is full on CUDA."""
+    full = schedule == "full" or (schedule == "auto" and device.type == "cuda")
+    return FULL if full else QUICK
+
+
 def run_demo(
     out: str | Path,
     *,
@@ -91,12 +106,12 @@ def run_demo(
     """
     out, start = Path(out), time.perf_counter()
     where = resolve_device(device)
-    full = schedule == "full" or (schedule == "auto" and where.type == "cuda")
-    plan = FULL if full else QUICK
+    plan = choose_plan(schedule, where)
     vit, bank, packaged = ViT.from_pretrained("demo"), LoRABank.load("demo"), LoRA.load("demo")
     prior = load_prior("demo")
     assert prior is not None
     loras = bank[: plan.loras]
+    datasets = _datasets(data_root, plan)  # a wrong data root shows now, not after the training
     inputs: dict[str, Any] = {
         "backbone": network_input("demo", vit),
         "bank": loras_input("demo", loras),
@@ -115,13 +130,18 @@ def run_demo(
     plot_pool(recycler.pool, out / "synthetic.png")
 
     rows: dict[str, LoRA | None] = {
-        "NN": None,
-        f"LoRAs-Avg + NN ({len(loras)} LoRAs)": LoRA.average(list(loras)),
-        f"LoRA Recycle, run here ({len(loras)} LoRAs, {plan.inversion.iterations} iterations,"
-        f" {plan.meta.steps} steps)": recycled,
-        f"LoRA Recycle, packaged (full schedule, {len(bank)} LoRAs)": packaged,
+        NN: None,
+        AVERAGE: LoRA.average(list(loras)),
+        HERE: recycled,
+        PACKAGED: packaged,
     }
-    datasets = _datasets(data_root, plan)
+    legend = {
+        NN: "nearest class mean of the plain backbone",
+        AVERAGE: f"the same under the mean of the {len(loras)} LoRAs recycled here",
+        HERE: f"{len(loras)} of the {len(bank)} packaged LoRAs, {plan.inversion.iterations}"
+        f" iterations, {plan.meta.steps} steps",
+        PACKAGED: f"the packaged meta-LoRA of the full schedule, all {len(bank)} LoRAs",
+    }
     tables, listed = [], []
     for name, (dataset, per_class) in datasets.items():
         results, pixels = _evaluate_rows(vit, dataset, per_class, rows, recycler.precision, quiet)
@@ -131,8 +151,9 @@ def run_demo(
     seconds = time.perf_counter() - start
     content = {
         "results": listed,
+        "rows": legend,
         "settings": {
-            "schedule": "full" if full else "quick",
+            "schedule": "full" if plan is FULL else "quick",
             "plan": runs.settings(plan),
             "seed": seed,
             "tasks": TASKS,
@@ -151,10 +172,10 @@ def run_demo(
             "\nCIFAR-FS was not evaluated: --data-root or FASTRECYCLE_DATA names no folder with"
             " cifar_fs_test.zip (or cifar_fs/test/CLASS/FILE)."
         )
+    say("\n" + "\n".join(f"{row}: {what}" for row, what in legend.items()))
     say(
-        "\nNN: nearest class mean of the plain backbone. LoRAs-Avg + NN: the same under the mean of"
-        "\nthe LoRAs. Differences are paired on the same tasks. No row is fine-tuned on the tasks."
-        f"\n\n{out / 'synthetic.png'}: synthetic images, beside each the patches that count most"
+        "Differences are paired on the same tasks. No row is fine-tuned on the tasks.\n"
+        f"\n{out / 'synthetic.png'}: synthetic images, beside each the patches that count most"
         f"\n{out / 'results.json'}: every task's accuracy, settings, versions, input hashes"
         f"\n{seconds:.0f} s"
     )
@@ -164,12 +185,10 @@ def run_demo(
 def _datasets(
     data_root: str | Path | None, plan: Plan
 ) -> dict[str, tuple[ImageDataset, int | None]]:
+    find_root(data_root)  # raises where it is no folder; an absent CIFAR-FS is none of the demo's
     found = {"digits": (load_dataset("digits"), plan.images)}
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found["cifar_fs"] = (load_dataset("cifar_fs", "test", data_root), plan.cifar_images)
-    except FileNotFoundError:
-        if data_root is not None and not Path(data_root).is_dir():
-            raise
     return found
 
 
@@ -212,41 +231,48 @@ def _evaluate_rows(
 
 
 def _table(name: str, pixels: Pixels, results: dict[str, dict[int, Result]]) -> str:
-    plain = results["NN"]
     lines = []
     for row, by_shots in results.items():
         cells = [row]
         for shots, result in by_shots.items():
-            difference = result.minus(plain[shots])
             cells.append(f"{result.accuracy:.1f} ± {result.ci95:.1f}")
-            cells.append(
-                "" if row == "NN" else f"{difference.accuracy:+.1f} ± {difference.ci95:.1f}"
-            )
+            cells.append("" if row == NN else _signed(result.minus(results[NN][shots])))
         lines.append(cells)
-    head = ["5-way accuracy (%), 95 % interval"]
-    for shots in plain:
+    head = [""]
+    for shots in results[NN]:
         head += [f"{shots}-shot", "minus NN"]
-    return (
-        f"{name}: {len(pixels.labels)} images of {len(pixels.class_names)} classes, {TASKS} tasks\n"
-        + text_table(head, lines)
+    gains = [
+        f"{row} minus {AVERAGE}: "
+        + ", ".join(
+            f"{shots}-shot {_signed(results[row][shots].minus(average))}"
+            for shots, average in results[AVERAGE].items()
+        )
+        for row in (HERE, PACKAGED)
+    ]
+    title = (
+        f"{name}: {len(pixels.labels)} images of {len(pixels.class_names)} classes, {TASKS} 5-way"
+        " tasks; accuracy in %, 95 % interval"
     )
+    return "\n".join([title, text_table(head, lines), *gains])
+
+
+def _signed(difference: Result) -> str:
+    return f"{difference.accuracy:+.1f} ± {difference.ci95:.1f}"
 
 
 def _listed(name: str, results: dict[str, dict[int, Result]]) -> list[dict[str, Any]]:
     listed = []
     for row, by_shots in results.items():
         for shots, result in by_shots.items():
-            difference = result.minus(results["NN"][shots])
-            listed.append(
-                {
-                    "dataset": name,
-                    "row": row,
-                    "shots": shots,
-                    "accuracy": result.accuracy,
-                    "ci95": result.ci95,
-                    "minus_nn": difference.accuracy,
-                    "minus_nn_ci95": difference.ci95,
-                    "per_task": result.per_task.tolist(),
-                }
-            )
+            entry: dict[str, Any] = {
+                "dataset": name,
+                "row": row,
+                "shots": shots,
+                "accuracy": result.accuracy,
+                "ci95": result.ci95,
+            }
+            for other, key in ((NN, "minus_nn"), (AVERAGE, "minus_average")):
+                difference = result.minus(results[other][shots])
+                entry |= {key: difference.accuracy, f"{key}_ci95": difference.ci95}
+            listed.append(entry | {"per_task": result.per_task.tolist()})
     return listed
