@@ -370,7 +370,7 @@ def _meta_train(options: o.MetaTrain) -> int:
     pool = SyntheticPool.load(options.pool)
     vit, backbone = _backbone(options)
     validation, extra = _validation(options, vit)
-    inputs = {"backbone": backbone, "pool": pool_input(options.pool), **extra}
+    inputs = {"backbone": backbone, "pool": pool_input(options.pool, pool), **extra}
     recycler = _recycler(options, vit, (), None, validation=validation, inputs=inputs)
     lora = recycler.meta_train(pool, options.out)
     lora.save(options.out / "meta_lora")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastrecycle.data import ImageDataset
@@ -13,6 +14,7 @@ from fastrecycle.data.registry import DATASETS, find_files, find_root
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
 from fastrecycle.files import sha256
 from fastrecycle.lora import LoRA
+from fastrecycle.pool import SyntheticPool
 
 Input = dict[str, str]
 
@@ -23,7 +25,7 @@ def _tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\0".encode())
-        digest.update(plain.numpy().tobytes())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())  # bfloat16 too
     return digest.hexdigest()
 
 
@@ -51,12 +53,16 @@ def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
     return {"source": str(source), "sha256": _tensors(named())}
 
 
-def pool_input(folder: str | Path) -> Input:
-    """A synthetic pool: of its task files; metrics and reports beside them do not count."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("task-*.safetensors")):
-        digest.update(f"{file.name} {sha256(file)}\n".encode())
-    return {"source": str(folder), "sha256": digest.hexdigest()}
+def pool_input(source: str | Path, pool: SyntheticPool) -> Input:
+    """A synthetic pool: of its images, labels, order of patches, teachers and class names."""
+
+    def named() -> Iterable[tuple[str, Tensor]]:
+        for part in pool.parts:
+            yield f"{part.task} {part.survivors} {part.class_names}", part.images
+            for name in ("labels", "order", "teacher_logits"):
+                yield name, getattr(part, name)
+
+    return {"source": str(source), "sha256": _tensors(named())}
 
 
 def dataset_input(
