@@ -76,6 +76,11 @@ def test_every_required_dependency_is_imported():
     assert names(PROJECT["dependencies"]) - imported() <= {"triton"}
 
 
+def test_packaged_weights_stay_small():
+    assets = (ROOT / "fastrecycle" / "assets").rglob("*")
+    assert sum(file.stat().st_size for file in assets if file.is_file()) <= 16e6
+
+
 LINKS = sorted(set(re.findall(r"\]\(((?:docs/|LICENSE)[^)#]*)\)", README)))
 
 
