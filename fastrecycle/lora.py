@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
+
+from fastrecycle.ops import LowRank
 
 if TYPE_CHECKING:
     from fastrecycle.vit import ViTConfig
