@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -72,13 +73,36 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: expected a JSON file, got {error}") from None
 
 
+def safetensors_content(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Named tensors as the bytes of a safetensors file; the same content, the same bytes."""
+    # .clone() of views: safetensors refuses tensors that share storage
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    content = safetensors_bytes(plain, dict(metadata) if metadata else None)
+    if not metadata or len(metadata) < 2:
+        return content
+    # the library writes metadata in the order of a hash table, another one in every call
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write named tensors as one safetensors file, atomically."""
-    # .clone() of views: safetensors refuses tensors that share storage
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    atomic_write(path, safetensors_bytes(plain, dict(metadata) if metadata else None))
+    atomic_write(path, safetensors_content(tensors, metadata))
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the copies that a kill in the middle of `atomic_open` left in a folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -23,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastrecycle.files import atomic_open, load_safetensors, load_torch, read_json
+from fastrecycle.files import (
+    atomic_open,
+    load_safetensors,
+    load_torch,
+    read_json,
+    safetensors_content,
+)
 from fastrecycle.lora import TARGETS, Head, LoRA
 
 log = logging.getLogger(__name__)
@@ -787,8 +792,8 @@ def _bytes(
         y = x.detach().cpu().to(dtype or torch.float32)
         if not torch.isfinite(y).all():
             raise ValueError(f"LoRA.save: {name} holds NaN, infinity or numbers beyond {y.dtype}")
-        plain[name] = y.contiguous().clone()  # safetensors refuses tensors that share storage
-    return safetensors_bytes(plain, metadata)
+        plain[name] = y
+    return safetensors_content(plain, metadata)
 
 
 def _write_folder(path: Path, config: bytes, files: Mapping[str, bytes]) -> None:

@@ -139,3 +139,23 @@ def test_sha256_of_files_and_folders(tmp_path):
     big = np.random.default_rng(0).bytes((1 << 20) + 17)  # more than one read
     file.write_bytes(big)
     assert files.sha256(file) == hashlib.sha256(big).hexdigest()
+
+
+def test_same_content_same_bytes(tmp_path):
+    """safetensors itself orders metadata anew in every call."""
+    tensors, metadata = {"x": torch.arange(5.0)}, {key: f"ä {key}" for key in "hgfedcba"}
+    for i in range(4):
+        files.save_safetensors(tmp_path / f"{i}", tensors, metadata)
+    first = (tmp_path / "0").read_bytes()
+    assert all((tmp_path / f"{i}").read_bytes() == first for i in range(4))
+    loaded, told = files.load_safetensors(tmp_path / "0")
+    assert told == metadata
+    assert torch.equal(loaded["x"], tensors["x"])
+
+
+def test_remove_unfinished_takes_nothing_else(tmp_path):
+    kept = ["file", ".hidden", ".notes.tmp", "x.abcd1234.tmp", ".file.short.tmp"]
+    for name in (*kept, ".file.abcd1234.tmp"):
+        (tmp_path / name).touch()
+    files.remove_unfinished(tmp_path)
+    assert names(tmp_path) == sorted(kept)
