@@ -395,4 +395,6 @@ def invert(
         if state is not None:
             state.unlink(missing_ok=True)
         done += weight
+    if state is not None:
+        state.unlink(missing_ok=True)  # of a run killed between its last file and this line
     return [results[i] for i in sorted(results)]

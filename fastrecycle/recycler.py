@@ -13,6 +13,7 @@ from torch import nn
 from fastrecycle import run as runs
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
+from fastrecycle.inputs import loras_input, network_input, pool_input
 from fastrecycle.inversion import check_inversion, groups, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
@@ -116,6 +117,14 @@ class MetaLoRARecycler:
 
     def manifest(self) -> dict[str, Any]:
         """All that decides the result, as plain values."""
+        inputs = dict(self.inputs)
+        # what came without a description of its own is told by its numbers
+        if "backbone" not in inputs:
+            inputs["backbone"] = network_input("vit", self.vit)
+        if "bank" not in inputs and len(self.bank):
+            inputs["bank"] = loras_input("bank", self.bank)
+        if "prior" not in inputs and self.prior is not None:
+            inputs["prior"] = network_input(str(self.prior_name), self.prior)
         return {
             "config": {
                 "inversion": runs.settings(self.inversion),
@@ -128,7 +137,7 @@ class MetaLoRARecycler:
             "inputs": {
                 "loras": [lora.name for lora in self.bank],
                 "prior": str(self.prior_name),
-                **self.inputs,
+                **inputs,
             },
         }
 
@@ -170,7 +179,11 @@ class MetaLoRARecycler:
         pool = pool or self.pool
         if pool is None:
             raise ValueError("pool: none yet; call invert() first or pass SyntheticPool.load(...)")
-        target = None if folder is None else runs.RunFolder(folder, self._stage_manifest("meta"))
+        target = None
+        if folder is not None:
+            manifest = self._stage_manifest("meta")
+            manifest["inputs"].setdefault("pool", pool_input("pool", pool))
+            target = runs.RunFolder(folder, manifest)
         with (
             runs.progress("meta-training", self.meta.steps, quiet=self.quiet) as update,
             runs.stop_on_interrupt() as stop,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import fastrecycle
-from fastrecycle.files import read_json, write_json
+from fastrecycle.files import read_json, remove_unfinished, write_json
 from fastrecycle.inputs import same_inputs
 
 
@@ -68,6 +68,7 @@ class RunFolder:
                 )
         else:
             write_json(path, {**manifest, "versions": versions()})
+        remove_unfinished(self.folder)
         self.log = self.folder / "metrics.jsonl"
         if self.log.exists():
             # a full disk may have cut the last line short
