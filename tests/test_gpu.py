@@ -1,0 +1,234 @@
+"""CUDA against the CPU, bf16 against fp32, and the compiled step against the eager one.
+
+Tolerances. fp32 on CUDA (TF32 off) and on the CPU differ in the order of summation alone: sums of a
+few hundred terms near 1 are right to 1e-5, and a loss over 3 blocks and 9 convolutions to 1e-4 of
+itself. Curves of an optimiser that divides by the gradient's size part slowly: 1e-3 after some ten
+steps. bf16 keeps 8 bits: an operation may err as much as twice PyTorch's own in that dtype.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+
+from fastrecycle import ops
+from fastrecycle.config import InversionConfig, MetaConfig
+from fastrecycle.inversion import InversionGroup, invert
+from fastrecycle.lora import LoRAStack
+from fastrecycle.metatrain import MetaTrainer, meta_train
+from fastrecycle.recycler import MetaLoRARecycler
+from fastrecycle.vit import RaggedKeep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICE = torch.device("cuda")
+INVERSION = InversionConfig(
+    images_per_class=4, iterations=10, prune={1: 0.5}, prune_from=0.4, group=2
+)
+META = MetaConfig(
+    steps=10, ways=3, shots=2, queries=3, rank=2, lr=3e-3, resolution=(8, 16), schedule="constant"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def group(device, count=2, config=INVERSION, **arguments):
+    vit, prior = toys.vit().to(device), toys.prior().to(device)
+    loras = [toys.lora(i) for i in range(count)]
+    return InversionGroup(vit, loras, range(count), prior, config, **arguments)
+
+
+def curve(stepper):
+    values = []
+    while not stepper.done:
+        values.append(stepper.step()["loss"].cpu())
+    return torch.stack(values)
+
+
+# ------------------------------------------------------------------ fp32, CPU and CUDA
+
+
+@pytest.mark.parametrize("prune", [None, {1: 0.5}])
+def test_vit_matches_cpu(prune):
+    vit, images = toys.vit(), torch.randn(6, 3, 16, 16, generator=toys.generator(0))
+    stack = LoRAStack.of([toys.lora(i) for i in range(3)])
+    index = torch.tensor([2, 0, 1, 1, 0, 2])
+    expected = vit.encode(images, stack, lora_index=index, prune=prune)
+    on = vit.to(DEVICE)
+    got = on.encode(images.to(DEVICE), stack.to(DEVICE), lora_index=index.to(DEVICE), prune=prune)
+    torch.testing.assert_close(got.features.cpu(), expected.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.cls_scores.cpu(), expected.cls_scores, rtol=1e-4, atol=1e-6)
+    assert torch.equal(got.kept.cpu(), expected.kept)
+
+
+def test_ragged_forward_matches_cpu():
+    vit, lora = toys.vit(), toys.lora()
+    images = torch.randn(4, 3, 16, 16, generator=toys.generator(0))
+    order = torch.stack([torch.randperm(16, generator=toys.generator(i)) for i in range(4)])
+    counts = torch.tensor([16, 1, 5, 9])
+    expected = vit(images, lora, keep=RaggedKeep.of_orders(order, counts))
+    keep = RaggedKeep.of_orders(order.to(DEVICE), counts.to(DEVICE))
+    got = vit.to(DEVICE)(images.to(DEVICE), lora.to(DEVICE), keep=keep)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_inversion_matches_cpu():
+    cpu, cuda = group(torch.device("cpu")), group(DEVICE)
+    assert torch.equal(cpu.images, cuda.images.cpu())  # noise is the same everywhere
+    one, other = cpu.step(), cuda.step()
+    for name in ("loss", "ce", "r_bn"):
+        torch.testing.assert_close(other[name].cpu(), one[name], rtol=1e-4, atol=1e-5)
+    gap = (cuda.images.grad.cpu() - cpu.images.grad).norm() / cpu.images.grad.norm()
+    assert gap < 1e-3
+    torch.testing.assert_close(curve(cuda), curve(cpu), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_meta_training_matches_cpu(sparsity):
+    config = replace(META, sparsity=sparsity)
+    cpu = MetaTrainer(toys.vit(), toys.pool(), config)
+    cuda = MetaTrainer(toys.vit().to(DEVICE), toys.pool(), config)
+    torch.testing.assert_close(curve(cuda), curve(cpu), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------ bf16
+
+
+LENGTHS = [65, 1, 17, 130, 4]
+
+
+def packed(dtype):
+    g = toys.generator(0)
+    q, k, v = (torch.randn(sum(LENGTHS), 4, 64, generator=g).to(DEVICE, dtype) for _ in range(3))
+    starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    return q, k, v, starts
+
+
+def each_alone(q, k, v):
+    parts, start = [], 0
+    for length in LENGTHS:
+        one = [x[start : start + length].transpose(0, 1)[None] for x in (q, k, v)]
+        y = torch.nn.functional.scaled_dot_product_attention(*one)
+        parts.append(y[0].transpose(0, 1))
+        start += length
+    return torch.cat(parts)
+
+
+def test_packed_bf16_attention_matches_masked_reference():
+    q, k, v, starts = packed(torch.bfloat16)
+    weights = torch.randn(q.shape, generator=toys.generator(1)).to(DEVICE)
+
+    def run(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend(*leaves)
+        return [y.detach().float(), *torch.autograd.grad((weights * y.float()).sum(), leaves)]
+
+    def masked(*x):  # float32: the oracle
+        return ops.varlen_attention(*x, cu_seqlens=starts, longest=130)
+
+    exact = run(masked, torch.float32)
+    torch_own = run(each_alone, torch.bfloat16)
+    ours = run(masked, torch.bfloat16)
+    for name, a, b, c in zip(("y", "dq", "dk", "dv"), ours, torch_own, exact, strict=True):
+        error, allowed = (a.float() - c).abs().max(), (b.float() - c).abs().max()
+        assert error <= 2 * allowed + 1e-3, (name, error, allowed)
+
+
+def test_packed_bf16_needs_the_longest():
+    q, k, v, starts = packed(torch.bfloat16)
+    with pytest.raises(ValueError, match="packed tokens on CUDA need longest"):
+        ops.varlen_attention(q, k, v, cu_seqlens=starts)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_bf16_losses_are_near_fp32(sparsity):
+    config = replace(META, sparsity=sparsity, tasks=4)
+    vit, pool = toys.vit().to(DEVICE), toys.pool()
+    full, half = (MetaTrainer(vit, pool, config, precision=p) for p in ("fp32", "bf16"))
+    one, other = full.step()["loss"], half.step()["loss"]
+    # features err by some 3 of 2^-8; a mean over 36 queries of distances near 4
+    torch.testing.assert_close(other, one, rtol=3e-2, atol=3e-2)
+    one, other = (group(DEVICE, precision=p).step() for p in ("fp32", "bf16"))
+    torch.testing.assert_close(other["loss"], one["loss"], rtol=3e-2, atol=3e-2)
+    assert other["loss"].dtype == other["r_bn"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------ compiled
+
+
+def test_compiled_inversion_matches_reference():
+    eager, compiled = curve(group(DEVICE)), curve(group(DEVICE, compiled=True))
+    torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sparsity": 0.5}, {"learn": "backbone"}])
+def test_compiled_meta_training_matches_reference(changes):
+    config = replace(META, **changes)
+    vit, pool = toys.vit().to(DEVICE), toys.pool()
+    eager, compiled = (curve(MetaTrainer(vit, pool, config, compiled=c)) for c in (False, True))
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_module_prior_matches_reference():
+    """Any network's BatchNorms are read by hooks, which a compiled step must not lose."""
+    import torchvision
+
+    from fastrecycle.prior import ModulePrior
+
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18().to(DEVICE)
+    curves = []
+    for compiled in (False, True):
+        prior, vit = ModulePrior(network), toys.vit().to(DEVICE)
+        config = replace(INVERSION, iterations=3)
+        curves.append(curve(
+            InversionGroup(vit, [toys.lora(0)], [0], prior, config, compiled=compiled)
+        ))  # fmt: skip
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-2, atol=1e-2)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+def test_resumed_runs_agree_within_tolerance(tmp_path):
+    """Sums on CUDA have no fixed order: the same to 1e-3 of the largest number, not to the bit."""
+
+    def stop_at(number):
+        calls = []
+        return lambda: calls.append(1) or len(calls) == number
+
+    vit, bank, prior = toys.vit().to(DEVICE), toys.bank(2), toys.prior().to(DEVICE)
+    whole = invert(vit, bank, prior, INVERSION)
+    with pytest.raises(KeyboardInterrupt):
+        invert(vit, bank, prior, INVERSION, folder=tmp_path, stop=stop_at(4))
+    for a, b in zip(whole, invert(vit, bank, prior, INVERSION, folder=tmp_path), strict=True):
+        # one step of 255 where a pixel was rounded to the other side; Adam doubles small gaps
+        far = (a.images.int() - b.images.int()).abs() > 2
+        assert far.float().mean() < 0.02
+    done = meta_train(vit, toys.pool(), META).lora
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(vit, toys.pool(), META, folder=tmp_path, stop=stop_at(6))
+    resumed = meta_train(vit, toys.pool(), META, folder=tmp_path).lora
+    for a, b in zip(done.tensors(), resumed.tensors(), strict=True):
+        assert (a - b).abs().max() < 1e-3 * a.abs().max() + 1e-4
+
+
+def test_defaults_on_cuda_run_to_the_end(tmp_path):
+    rec = MetaLoRARecycler(
+        toys.vit(), toys.bank(2), toys.prior(), quiet=True,
+        inversion=replace(INVERSION, images_per_class=5), meta=replace(META, sparsity=0.5),
+    )  # fmt: skip
+    assert (rec.device.type, rec.backend, rec.precision) == ("cuda", "compile", "bf16")
+    lora = rec.run(tmp_path)
+    assert all(x.isfinite().all() for x in lora.tensors())
+    assert any(x.any() for x in lora.b.values())
