@@ -64,6 +64,17 @@ def test_lora_changes_the_result_and_pairing_uses_the_same_tasks():
     assert gap.per_task.any()
 
 
+def test_pairing_narrows_the_interval():
+    """Two LoRAs that differ little are right and wrong on the same tasks."""
+    vit, data, lora = toys.vit(), pictures(), toys.lora()
+    near = replace(lora, b={t: 1.1 * x for t, x in lora.b.items()})
+    one, other = (evaluate(vit, x, data, **{**SHAPE, "tasks": 60}) for x in (lora, near))
+    gap = other.minus(one)
+    assert gap.per_task.any()
+    # independent task lists would give the root of the summed squares
+    assert gap.ci95 < 0.7 * math.hypot(one.ci95, other.ci95)
+
+
 def test_random_labels_give_chance_within_the_interval():
     images, labels = pictures(classes=4, per_class=60, noise=60)
     labels = np.random.default_rng(5).permutation(labels)

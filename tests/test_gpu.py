@@ -149,6 +149,62 @@ def test_packed_bf16_needs_the_longest():
         ops.varlen_attention(q, k, v, cu_seqlens=starts)
 
 
+# head width 64, as in every real backbone
+WIDE = replace(
+    toys.CONFIG, image_size=32, patch_size=4, width=128, depth=3, heads=2, mlp_dim=256
+)  # fmt: skip
+
+
+def wide_images():
+    return torch.randn(8, 3, 32, 32, generator=toys.generator(0)).to(DEVICE)
+
+
+def relative(got, expected):
+    """Largest error over the largest number: roundings scale with the terms of a sum."""
+    return ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
+
+
+def ragged_and_masked(vit, lora, x, counts):
+    """Features of images with `counts` patches: packed in bf16, and one at a time in fp32."""
+    order = torch.stack(
+        [torch.randperm(vit.config.patches, generator=toys.generator(i)) for i in range(len(x))]
+    ).to(DEVICE)
+    with torch.autocast("cuda", torch.bfloat16):
+        packed = vit(x, lora, keep=RaggedKeep.of_orders(order, torch.tensor(counts, device=DEVICE)))
+
+    def alone(precise):
+        rows = []
+        for i, count in enumerate(counts):
+            keep = order[i : i + 1, :count].sort(dim=1).values
+            with torch.autocast("cuda", torch.bfloat16, enabled=not precise):
+                rows.append(vit(x[i : i + 1], lora, keep=keep)[0].float())
+        return torch.stack(rows)
+
+    return packed.float(), alone(precise=False), alone(precise=True)
+
+
+def test_packed_half_precision_matches_each_image_alone():
+    vit, lora = toys.vit(WIDE).to(DEVICE), toys.lora(config=WIDE).to(DEVICE)
+    counts = [64, 1, 17, 32, 4, 64, 63, 8]
+    packed, half, single = ragged_and_masked(vit, lora, wide_images(), counts)
+    # no worse than twice the same network in bf16 without packing
+    assert relative(packed, single) < 2 * relative(half, single) + 1e-3
+    assert relative(half, single) < 0.1  # 8 bits: the comparison means something
+    other = torch.roll(single, 1, 0)
+    assert relative(packed, other) > 0.3  # and images are not alike
+
+
+def test_packed_half_precision_gradient_matches_each_image_alone():
+    vit, x = toys.vit(WIDE).to(DEVICE), wide_images()
+    lora = toys.lora(config=WIDE).to(DEVICE).clone()
+    learnt = [tensor.requires_grad_() for tensor in lora.tensors()]
+    weight = torch.randn(8, 128, generator=toys.generator(5)).to(DEVICE)
+    results = ragged_and_masked(vit, lora, x, [64, 1, 17, 32, 4, 64, 63, 8])
+    packed, half, single = (torch.autograd.grad((f * weight).sum(), learnt) for f in results)
+    for got, plain, expected in zip(packed, half, single, strict=True):
+        assert relative(got, expected) < 2 * relative(plain, expected) + 1e-2
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_bf16_losses_are_near_fp32(sparsity):
     config = replace(META, sparsity=sparsity, tasks=4)
