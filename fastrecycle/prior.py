@@ -181,6 +181,7 @@ class ModulePrior(nn.Module):
         """Number of BatchNorms in R_BN."""
         return len(self.batch_norms)
 
+    @torch.compiler.disable  # hooks would break the graph in its middle
     def forward(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
         """R_BN of each task; see `ResNetPrior.forward`."""
         terms: list[Tensor] = []

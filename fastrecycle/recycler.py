@@ -218,6 +218,8 @@ class MetaLoRARecycler:
     def run(self, out_dir: str | Path) -> LoRA:
         """Both stages, resumable: `out_dir/pool`, `out_dir/meta`, `out_dir/meta_lora`.
 
+        Where the backbone learns, it is `out_dir/vit.safetensors`; the meta-LoRA changes nothing.
+
         Interrupted at any moment and called again, it ends in the same meta-LoRA (bit-equal on
         the CPU).
 
@@ -229,6 +231,8 @@ class MetaLoRARecycler:
         runs.RunFolder(out, self.manifest())
         self.invert(out / "pool")
         lora = self.meta_train(folder=out / "meta")
+        if self.meta.learn == "backbone" and self.result is not None:
+            self.result.vit.save(out / "vit.safetensors")
         lora.save(out / "meta_lora")
         return lora
 

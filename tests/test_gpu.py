@@ -235,8 +235,10 @@ def test_compiled_meta_training_matches_reference(changes):
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
 
 
+# the break that this prior makes in the graph has Dynamo look at a tensor within it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_module_prior_matches_reference():
-    """Any network's BatchNorms are read by hooks, which a compiled step must not lose."""
+    """Any network's BatchNorms are read by hooks: eager, beside a compiled backbone."""
     import torchvision
 
     from fastrecycle.prior import ModulePrior

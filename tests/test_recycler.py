@@ -24,6 +24,7 @@ from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import meta_train
 from fastrecycle.pool import SyntheticPool, task_file
 from fastrecycle.recycler import MetaLoRARecycler
+from fastrecycle.vit import ViT
 
 # 4 LoRAs in 2 groups: 2 x 20 iterations, then 30 steps. Checkpoints meet neither stage's end.
 ITERATIONS, STEPS = 20, 30
@@ -524,3 +525,14 @@ def test_the_bank_and_the_backbone_stay_as_they_were(tmp_path):
     for lora, fresh in zip(bank, toys.bank(4), strict=True):
         assert all(map(torch.equal, lora.tensors(), fresh.tensors()))
         assert torch.equal(lora.head.weight, fresh.head.weight)
+
+
+def test_a_backbone_that_learnt_is_saved(tmp_path):
+    short = replace(INVERSION, iterations=2), replace(META, steps=2, learn="backbone", ema=0.0)
+    rec = make(*short)
+    rec.run(tmp_path)
+    saved = ViT.from_pretrained(tmp_path / "vit.safetensors")
+    assert saved.config == toys.CONFIG
+    for name, tensor in rec.result.vit.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor)
+        assert not torch.equal(tensor, rec.vit.state_dict()[name])
