@@ -39,9 +39,12 @@ HALF = (0.5, 0.5, 0.5)
 BANK = PretuneConfig()
 INVERSION = InversionConfig(images_per_class=10, iterations=300, group=8)
 DENSE = MetaConfig(steps=1000, queries=9)
-DEMO = MetaConfig(steps=1500, tasks=4)
+DEMO = MetaConfig(steps=1000, queries=9, tasks=4)
 VARIANTS: dict[str, MetaConfig] = {
     "demo": DEMO,
+    "demo_average": replace(DEMO, start="average"),
+    "demo_average_slow": replace(DEMO, start="average", lr=1e-4),
+    "demo_average_low": replace(DEMO, start="average", resolution=(16, 48)),
     "demo_flip": replace(DEMO, resolution=(0, 0)),
     "demo_low": replace(DEMO, resolution=(16, 48)),
     "demo_lr1e3": replace(DEMO, lr=1e-3),
@@ -198,6 +201,7 @@ def meta(
     common: Common,
     variants: tuple[str, ...] = ("dense",),
     pool: str = "pool",
+    bank: str = "bank",
     first: int = 0,
     minutes: float = 8.0,
     steps: int = 0,
@@ -209,6 +213,7 @@ def meta(
         common: options of every stage.
         variants: of the table in this file; "name@shots5" trains with five support images.
         pool: name of the pool.
+        bank: name of the bank, for variants that start from its average.
         first: LoRAs of the pool to use; 0 for all.
         minutes: no further variant starts after this.
         steps: overrides the variant's steps; 0 keeps them.
@@ -230,6 +235,8 @@ def meta(
         result = meta_train(
             vit, images, config, seed=common.seed, precision=common.precision,
             compiled=common.backend == "compile",
+            start=LoRA.average(LoRABank.load(common.work / bank))
+            if config.start == "average" else None,
         )  # fmt: skip
         torch.cuda.synchronize() if common.device == "cuda" else None
         trained = time.time() - began

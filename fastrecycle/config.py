@@ -123,6 +123,9 @@ class MetaConfig:
     alpha: float | None = None
     # Products with a LoRA: q, k, v, proj, fc1, fc2.
     targets: tuple[str, ...] = ("q", "v")
+    # Where the meta-LoRA starts: from nothing (the paper), or from the average of the bank, cut
+    # back to its rank, which already carries what all their domains share.
+    start: Literal["zero", "average"] = "zero"
     # What learns (Table 8): all LoRA layers, the first or last N ("first:6"), or the "backbone".
     learn: str = "all"
     # Peak learning rate of Adam.

@@ -251,6 +251,38 @@ class LoRA:
         """The change of a weight matrix, scale b a: (L, d_out, d_in)."""
         return self.scale[target][:, None, None] * (self.b[target] @ self.a[target])
 
+    def compress(self, rank: int, targets: Sequence[str] | None = None) -> LoRA:
+        """The nearest LoRA of a rank (in the Frobenius norm): a truncated SVD of each change.
+
+        Args:
+            rank: of every factor pair; the scale becomes 1 and the singular values are shared
+                evenly between a and b.
+            targets: products to keep; None for all.
+
+        Raises:
+            ValueError: a rank below 1, or a target that this LoRA does not change.
+        """
+        chosen = tuple(self.a) if targets is None else tuple(targets)
+        missing = [t for t in chosen if t not in self.a]
+        if rank < 1 or missing:
+            raise ValueError(
+                f"compress: expected a rank >= 1 and targets of {', '.join(self.a)}; got rank"
+                f" {rank}, targets {', '.join(chosen)}"
+            )
+        a, b, scale, ranks = {}, {}, {}, {}
+        for target in (t for t in TARGETS if t in chosen):
+            u, s, vh = torch.linalg.svd(self.delta(target).double(), full_matrices=False)
+            keep = min(rank, s.shape[1])
+            root = s[:, :keep].sqrt()
+            like = self.a[target].dtype
+            a[target] = (root[:, :, None] * vh[:, :keep]).to(like)
+            b[target] = (u[:, :, :keep] * root[:, None]).to(like)
+            scale[target] = torch.ones_like(self.scale[target])
+            ranks[target] = (keep,) * self.depth
+        return replace(
+            self, a=a, b=b, scale=scale, ranks=ranks, head=None, class_names=None, name=None
+        )
+
     def check(self, config: ViTConfig, who: str = "lora") -> None:
         """Raise unless this LoRA, with its head, fits a backbone.
 

@@ -220,6 +220,7 @@ class MetaTrainer:
         seed: int = 0,
         precision: str = "fp32",
         compiled: bool = False,
+        start: LoRA | None = None,
     ):
         device = vit.pos_embed.device
         if pool.images.shape[-1] != vit.config.image_size:
@@ -245,8 +246,10 @@ class MetaTrainer:
         lora = LoRA.init(
             vit.config, config.rank, config.alpha, config.targets,
             blocks=blocks if config.learn != "backbone" else None, seed=seed,
-        ).to(device)  # fmt: skip
-        self.lora = lora.clone()
+        )  # fmt: skip
+        if start is not None:
+            lora = _started(lora, start, blocks)
+        self.lora = lora.to(device).clone()
         if config.learn == "backbone":
             self.vit = ViT(vit.config).to(device)
             self.vit.load_state_dict(vit.state_dict())
@@ -371,6 +374,18 @@ class MetaTrainer:
         return tensors
 
 
+def _started(fresh: LoRA, start: LoRA, blocks: tuple[int, ...]) -> LoRA:
+    """`fresh` with the change of `start`, as near as its rank allows, in the blocks that learn."""
+    near = start.compress(fresh.rank, tuple(fresh.a))
+    a, b = {}, {}
+    for t in fresh.a:
+        on = torch.tensor([float(i in blocks) for i in range(fresh.depth)])[:, None, None]
+        scale = fresh.scale[t].clamp_min(1e-12)[:, None, None]
+        a[t] = near.a[t].to(fresh.a[t]) * on
+        b[t] = near.b[t].to(fresh.b[t]) * on / torch.where(on > 0, scale, 1.0)
+    return replace(fresh, a=a, b=b)
+
+
 def _mirror(keep: Tensor | RaggedKeep, grid: int) -> Tensor | RaggedKeep:
     """Patch indices after a horizontal flip of the image."""
 
@@ -390,6 +405,7 @@ def meta_train(
     seed: int = 0,
     precision: str = "fp32",
     compiled: bool = False,
+    start: LoRA | None = None,
     folder: str | Path | None = None,
     validate: Callable[[ViT, LoRA], float] | None = None,
     on_step: OnStep | None = None,
@@ -399,6 +415,7 @@ def meta_train(
 
     Args:
         vit, pool, config, seed, precision, compiled: see `MetaTrainer`.
+        start: where the meta-LoRA starts, any rank; None: it changes nothing at first.
         folder: where checkpoints are kept; a second call goes on from there, to the same result.
         validate: scores a meta-LoRA on validation tasks, higher is better; with it the best step
             is returned instead of the last. Never give it test tasks.
@@ -412,7 +429,9 @@ def meta_train(
 
     """
     config = config or MetaConfig()
-    trainer = MetaTrainer(vit, pool, config, seed=seed, precision=precision, compiled=compiled)
+    trainer = MetaTrainer(
+        vit, pool, config, seed=seed, precision=precision, compiled=compiled, start=start
+    )
     state = None if folder is None else Path(folder) / "meta.state.safetensors"
     best: tuple[int, float, list[Tensor]] | None = None
     validation: dict[int, float] = {}

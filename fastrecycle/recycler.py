@@ -201,6 +201,7 @@ class MetaLoRARecycler:
                 seed=self.seed,
                 precision=self.precision,
                 compiled=self.backend == "compile",
+                start=LoRA.average(self.bank) if self.meta.start == "average" else None,
                 folder=folder,
                 validate=self._validate if self.validation is not None else None,
                 on_step=on_step,
