@@ -60,12 +60,12 @@ VARIANTS: dict[str, MetaConfig] = {
     "cosine3000": replace(DENSE, steps=3000, schedule="cosine"),
     "narrow": replace(DENSE, resolution=(24, 48)),
     "last6": replace(DENSE, learn="last:6"),
-    "s25": replace(DENSE, sparsity=0.25, sparsity_per="batch"),
-    "s50": replace(DENSE, sparsity=0.50, sparsity_per="batch"),
-    "s75": replace(DENSE, sparsity=0.75, sparsity_per="batch"),
-    "s25_image": replace(DENSE, sparsity=0.25),
-    "s50_image": replace(DENSE, sparsity=0.50),
-    "s75_image": replace(DENSE, sparsity=0.75),
+    "s25": replace(DENSE, sparsity=0.25),
+    "s50": replace(DENSE, sparsity=0.50),
+    "s75": replace(DENSE, sparsity=0.75),
+    "s25_image": replace(DENSE, sparsity=0.25, sparsity_per="image"),
+    "s50_image": replace(DENSE, sparsity=0.50, sparsity_per="image"),
+    "s75_image": replace(DENSE, sparsity=0.75, sparsity_per="image"),
 }
 
 

@@ -146,9 +146,9 @@ class MetaConfig:
     resolution: tuple[int, int] = (24, 96)
     # Share of patches masked (Sec. 4.3), from the least important on.
     sparsity: float = 0.0
-    # How that share is spent: the same on every image, or drawn for each image around that mean,
-    # so that features cannot come to depend on the number of patches.
-    sparsity_per: Literal["batch", "image"] = "image"
+    # How that share is spent: the same on every image (the paper), or drawn for each image around
+    # that mean, packed without padding.
+    sparsity_per: Literal["batch", "image"] = "batch"
     # Exponential moving average over the meta-LoRA's steps; 0 returns the last step's.
     ema: float = 0.0
     # Steps between checkpoints.
@@ -246,7 +246,7 @@ class EvalConfig:
 
 
 PAPER_INVERSION = InversionConfig(images_per_class=20, iterations=2000, prune={11: 0.75})
-PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0, 0), sparsity_per="batch")
+PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0, 0))
 PRESETS: dict[str, tuple[InversionConfig, MetaConfig]] = {
     "default": (InversionConfig(), MetaConfig()),
     "paper": (PAPER_INVERSION, PAPER_META),

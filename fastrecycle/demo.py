@@ -56,15 +56,17 @@ QUICK = Plan(
     inversion=InversionConfig(
         images_per_class=6, iterations=40, group=3, checkpoint_every=20, schedule="cosine"
     ),
-    meta=MetaConfig(steps=150, queries=5, schedule="cosine", checkpoint_every=25),
+    meta=MetaConfig(
+        steps=150, queries=5, lr=1e-4, start="average", schedule="cosine", checkpoint_every=25
+    ),
     images=60,
     cifar_images=25,
 )
-# A GPU, minutes.
+# A GPU, minutes: what made the packaged meta-LoRA.
 FULL = Plan(
     loras=40,
-    inversion=InversionConfig(images_per_class=20, iterations=1000, group=10),
-    meta=MetaConfig(steps=2000),
+    inversion=InversionConfig(images_per_class=10, iterations=500, group=20),
+    meta=MetaConfig(steps=1000, queries=9, tasks=4, lr=1e-4, start="average"),
     images=None,
     cifar_images=None,
 )

@@ -155,10 +155,8 @@ def meta_loss(features: Tensor, target: Tensor, config: MetaConfig) -> tuple[Ten
 def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
     """Kept patches for each of `count` images, with mean (1 - sparsity) patches.
 
-    Features of a batch in which every image has the same few patches come to depend on that
-    number, and whole test images suffer. Here images keep 1, 1/2, 1/4, 1/8 or 1/16 of their
-    patches, in geometric proportions that meet the mean, so that one task compares images across
-    counts at the cost of the fixed ratio.
+    Images keep 1, 1/2, 1/4, 1/8 or 1/16 of their patches, in geometric proportions that meet the
+    mean, so that one task compares images across counts at the cost of the fixed ratio.
     """
     mean = kept_count(patches, sparsity) / patches
     levels = np.array([1.0, 0.5, 0.25, 0.125, 0.0625])

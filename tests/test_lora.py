@@ -292,3 +292,38 @@ def test_round_trip(tmp_path_factory, ranks, alpha, layout, classes, seed):
     if head is not None:
         assert torch.equal(again.head.weight, head.weight)
         assert torch.equal(again.head.bias, head.bias)
+
+
+# ---------------------------------------------------------------------- a smaller rank
+
+
+def ranks_of(rank, targets=("q", "v")):
+    return {t: (rank,) * CONFIG.depth for t in targets}
+
+
+def test_compress_is_the_best_approximation_of_its_rank():
+    lora = LoRA.average([random_lora(ranks_of(3), seed=i) for i in range(3)])
+    small = lora.compress(4)
+    for target in lora.a:
+        change = lora.delta(target).double()
+        singular = torch.linalg.svdvals(change)
+        error = (change - small.delta(target)).square().sum((1, 2))
+        # Eckart-Young: what is left are the singular values cut off; float32 factors
+        torch.testing.assert_close(error, singular[:, 4:].square().sum(1), rtol=1e-4, atol=1e-6)
+        assert set(small.ranks[target]) == {4}
+    assert small.head is None
+
+
+def test_compress_to_enough_rank_changes_nothing():
+    lora = random_lora(ranks_of(3))
+    for target in lora.a:
+        torch.testing.assert_close(
+            lora.compress(5).delta(target), lora.delta(target), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_compress_rejects_rank_and_targets_it_cannot_meet():
+    with pytest.raises(ValueError, match="compress: expected a rank >= 1"):
+        random_lora(ranks_of(2)).compress(0)
+    with pytest.raises(ValueError, match="targets of q, v"):
+        random_lora(ranks_of(2)).compress(2, targets=("fc1",))

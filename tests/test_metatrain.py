@@ -30,6 +30,7 @@ from fastrecycle.metatrain import (
     targets,
 )
 from fastrecycle.pruning import kept_count, masked_images
+from fastrecycle.recycler import MetaLoRARecycler
 from fastrecycle.vit import RaggedKeep
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
@@ -306,7 +307,11 @@ def test_without_augmentation_images_are_the_pools():
 
 
 def test_flip_mirrors_images_and_patches_together():
-    for extra in ({}, {"sparsity": 0.5, "sparsity_per": "batch"}, {"sparsity": 0.6}):
+    for extra in (
+        {},
+        {"sparsity": 0.5, "sparsity_per": "batch"},
+        {"sparsity": 0.6, "sparsity_per": "image"},
+    ):
         on = trainer(resolution=(0, 0), flip=1.0, **extra)
         off = trainer(resolution=(0, 0), flip=0.0, **extra)
         mirrored, plain = on._batch(0), off._batch(0)
@@ -687,3 +692,41 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
 def test_rejects_settings_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
         MetaConfig(**changes)
+
+
+# ------------------------------------------------------------------ where the meta-LoRA starts
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_start_from_a_lora_is_its_change_at_the_rank_asked_for(alpha):
+    average = LoRA.average(toys.bank(3))
+    t = MetaTrainer(toys.vit(), toys.pool(), config(rank=3, alpha=alpha), start=average)
+    near = average.compress(3)
+    for target in ("q", "v"):
+        torch.testing.assert_close(
+            t.meta_lora().delta(target), near.delta(target), rtol=1e-4, atol=1e-6
+        )
+    before = t.meta_lora()
+    t.step()
+    assert not torch.equal(t.meta_lora().a["q"], before.a["q"])
+
+
+def test_start_reaches_only_the_blocks_that_learn():
+    average = LoRA.average(toys.bank(2))
+    t = MetaTrainer(toys.vit(), toys.pool(), config(rank=3, learn="last:1"), start=average)
+    change = t.meta_lora().delta("q")
+    assert change[:-1].abs().max() == 0
+    assert change[-1].abs().max() > 0
+
+
+def test_recycler_starts_from_the_average_of_its_bank():
+    pool, bank = toys.pool(3), toys.bank(3)
+    made = [
+        MetaLoRARecycler(
+            toys.vit(), bank, None, meta=config(steps=1, lr=1e-12, start=start), quiet=True
+        ).meta_train(pool)
+        for start in ("zero", "average")
+    ]
+    assert made[0].delta("v").abs().max() < 1e-8
+    near = LoRA.average(bank).compress(made[1].rank)
+    torch.testing.assert_close(made[1].delta("v"), near.delta("v"), rtol=1e-3, atol=1e-5)
