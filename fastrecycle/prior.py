@@ -5,6 +5,7 @@ B images, G tasks of B / G consecutive images, C channels.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -239,7 +240,9 @@ def load_prior(
     if isinstance(source, ResNetPrior | ModulePrior):
         return source
     if isinstance(source, nn.Module):
-        return ModulePrior(source)
+        # a prior of the caller's own takes `segments`; any other network is wrapped
+        own = "segments" in inspect.signature(source.forward).parameters
+        return source if own else ModulePrior(source)
     name = str(source)
     if name == "demo":
         from fastrecycle.assets import asset

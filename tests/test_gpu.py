@@ -227,7 +227,10 @@ def test_compiled_inversion_matches_reference():
     torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sparsity": 0.5}, {"learn": "backbone"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sparsity": 0.5}, {"sparsity": 0.5, "sparsity_per": "image"}, {"learn": "backbone"}],
+)
 def test_compiled_meta_training_matches_reference(changes):
     config = replace(META, **changes)
     vit, pool = toys.vit().to(DEVICE), toys.pool()
@@ -284,7 +287,7 @@ def test_resumed_runs_agree_within_tolerance(tmp_path):
 def test_defaults_on_cuda_run_to_the_end(tmp_path):
     rec = MetaLoRARecycler(
         toys.vit(), toys.bank(2), toys.prior(), quiet=True,
-        inversion=replace(INVERSION, images_per_class=5), meta=replace(META, sparsity=0.5),
+        inversion=replace(INVERSION, images_per_class=5), meta=replace(META, sparsity=0.5, sparsity_per="image"),
     )  # fmt: skip
     assert (rec.device.type, rec.backend, rec.precision) == ("cuda", "compile", "bf16")
     lora = rec.run(tmp_path)

@@ -410,7 +410,7 @@ def test_batch_sparsity_keeps_the_best_of_every_image():
 
 
 def test_image_sparsity_keeps_the_best_of_each_image():
-    t = trainer(sparsity=0.75, flip=0.0)
+    t = trainer(sparsity=0.75, sparsity_per="image", flip=0.0)
     seen = set()
     for step in range(3):
         _, keep, _ = t._batch(step)
@@ -619,7 +619,9 @@ class Stop:
 
 
 @pytest.mark.parametrize("at", [1, 5, 11])
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.5, "sparsity": 0.5}, {"learn": "backbone"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.5, "sparsity": 0.5, "sparsity_per": "image"}, {"learn": "backbone"}]
+)
 def test_stopped_and_resumed_is_bit_equal(tmp_path, at, changes):
     vit, pool, cfg = toys.vit(), toys.pool(), config(validate_every=4, **changes)
 

@@ -322,3 +322,12 @@ def test_rejects_files_that_are_no_resnet(tmp_path):
     del state["layer2.0.conv2.weight"]
     with pytest.raises(ValueError, match=r"layer2\.0 is cut off within"):
         ResNetPrior(state)
+
+
+def test_load_prior_takes_a_prior_of_the_callers_own_as_it_is():
+    class Bright(torch.nn.Module):
+        def forward(self, pixels, segments=1, first_bn=1.0):
+            return first_bn * (1 - pixels.unflatten(0, (segments, -1)).mean((1, 2, 3, 4)))
+
+    mine = Bright()
+    assert load_prior(mine) is mine
