@@ -287,7 +287,8 @@ def test_resumed_runs_agree_within_tolerance(tmp_path):
 def test_defaults_on_cuda_run_to_the_end(tmp_path):
     rec = MetaLoRARecycler(
         toys.vit(), toys.bank(2), toys.prior(), quiet=True,
-        inversion=replace(INVERSION, images_per_class=5), meta=replace(META, sparsity=0.5, sparsity_per="image"),
+        inversion=replace(INVERSION, images_per_class=5),
+        meta=replace(META, sparsity=0.5, sparsity_per="image"),
     )  # fmt: skip
     assert (rec.device.type, rec.backend, rec.precision) == ("cuda", "compile", "bf16")
     lora = rec.run(tmp_path)
