@@ -265,7 +265,7 @@ def score(
             sets[name] = decode(vit, name, "test", common.data_root).to(common.device)
     rows: dict[str, LoRA | None] = {"nn": None}
     if (common.work / bank).exists():
-        rows["average"] = LoRA.average(list(LoRABank.load(common.work / bank))[:30])
+        rows["average"] = LoRA.average(LoRABank.load(common.work / bank))
     for name in loras:
         rows[name] = LoRA.load(common.work / "meta" / name)
     table = {}
