@@ -5,6 +5,7 @@ Stages, each resumable or repeatable on its own (`--help` of each lists its opti
     python examples/recycle_cifar_fs.py decode     # resize the splits once
     python examples/recycle_cifar_fs.py bank       # LoRAs from the 64 training classes
     python examples/recycle_cifar_fs.py invert     # synthetic images
+    python examples/recycle_cifar_fs.py real       # or a pool of real ones, to compare with
     python examples/recycle_cifar_fs.py meta       # meta-LoRAs, one for each named variant
     python examples/recycle_cifar_fs.py score      # test tasks of chosen meta-LoRAs
 
@@ -32,6 +33,7 @@ from fastrecycle.eval import Pixels, decode
 from fastrecycle.files import atomic_write
 from fastrecycle.inversion import invert
 from fastrecycle.metatrain import meta_train
+from fastrecycle.pool import TaskImages
 from fastrecycle.pretune import pretune
 from fastrecycle.prior import load_prior
 
@@ -40,32 +42,40 @@ BANK = PretuneConfig()
 INVERSION = InversionConfig(images_per_class=10, iterations=300, group=8)
 DENSE = MetaConfig(steps=1000, queries=9)
 DEMO = MetaConfig(steps=1000, queries=9, tasks=4)
+LONG = replace(DENSE, steps=3000, tasks=4)
+MIXED = replace(DENSE, tasks=8, sparsity=0.75, whole=0.125)  # 7 of 8 tasks see 28 patches
 VARIANTS: dict[str, MetaConfig] = {
-    "demo": DEMO,
-    "demo_average": replace(DEMO, start="average"),
-    "demo_average_slow": replace(DEMO, start="average", lr=1e-4),
-    "demo_average_low": replace(DEMO, start="average", resolution=(16, 48)),
-    "demo_flip": replace(DEMO, resolution=(0, 0)),
-    "demo_low": replace(DEMO, resolution=(16, 48)),
-    "demo_lr1e3": replace(DEMO, lr=1e-3),
     "dense": DENSE,
     "flip_only": replace(DENSE, resolution=(0, 0)),
     "no_interpolation": replace(DENSE, interpolation=0.0),
     "interpolation_1": replace(DENSE, interpolation=1.0),
     "lr1e3": replace(DENSE, lr=1e-3),
-    "tasks4": replace(DENSE, tasks=4),
-    "tasks4_lr1e3": replace(DENSE, tasks=4, lr=1e-3),
-    "ema": replace(DENSE, ema=0.99),
-    "steps3000": replace(DENSE, steps=3000),
-    "cosine3000": replace(DENSE, steps=3000, schedule="cosine"),
     "narrow": replace(DENSE, resolution=(24, 48)),
     "last6": replace(DENSE, learn="last:6"),
-    "s25": replace(DENSE, sparsity=0.25),
-    "s50": replace(DENSE, sparsity=0.50),
-    "s75": replace(DENSE, sparsity=0.75),
-    "s25_image": replace(DENSE, sparsity=0.25, sparsity_per="image"),
-    "s50_image": replace(DENSE, sparsity=0.50, sparsity_per="image"),
-    "s75_image": replace(DENSE, sparsity=0.75, sparsity_per="image"),
+    "tasks4": replace(DENSE, tasks=4),
+    "tasks4_flip": replace(DENSE, tasks=4, resolution=(0, 0)),
+    "tasks4_average": replace(DENSE, tasks=4, start="average"),
+    "tasks4_crop": replace(DENSE, tasks=4, crop=0.4),
+    "long": LONG,
+    "long_cosine": replace(LONG, schedule="cosine"),
+    "long_crop": replace(LONG, schedule="cosine", crop=0.4),
+    "s25": replace(DENSE, tasks=4, sparsity=0.25),
+    "s50": replace(DENSE, tasks=4, sparsity=0.50),
+    "s75": replace(DENSE, tasks=4, sparsity=0.75),
+    "s75_image": replace(DENSE, tasks=4, sparsity=0.75, sparsity_per="image"),
+    "s75_mixed": MIXED,
+    "s75_mixed_mild": replace(MIXED, masked_resolution=(64, 160)),
+    "s75_mixed_full": replace(MIXED, masked_resolution=(24, 96)),
+    "s50_mixed": replace(MIXED, sparsity=0.5),
+    "s25_mixed": replace(MIXED, sparsity=0.25),
+    "demo": DEMO,
+    "demo_half": replace(DEMO, resolution=(16, 48)),
+    "demo_low": replace(DEMO, resolution=(7, 28)),
+    "demo_crop": replace(DEMO, resolution=(16, 48), crop=0.4),
+    "demo_average": replace(DEMO, start="average", lr=1e-4),
+    "demo_average_half": replace(DEMO, start="average", lr=1e-4, resolution=(16, 48)),
+    "demo_average_long": replace(DEMO, start="average", steps=3000, schedule="cosine"),
+    "demo_average_wide": replace(DEMO, start="average", lr=1e-4, rank=16),
 }
 
 
@@ -197,6 +207,34 @@ def invert_bank(
     )  # fmt: skip
 
 
+def real_pool(
+    common: Common, name: str = "real", bank: str = "bank", first: int = 30, per_class: int = 10
+) -> None:
+    """A pool of real training images in place of synthetic ones: the upper reference."""
+    vit, train = common.vit(), common.pixels("train")
+    rng = np.random.default_rng(common.seed)
+    parts = []
+    for task, lora in enumerate(list(LoRABank.load(common.work / bank))[:first]):
+        assert lora.class_names is not None
+        classes = [train.class_names.index(c) for c in lora.class_names]
+        rows = np.concatenate(
+            [rng.choice(np.flatnonzero(train.labels == c), per_class, False) for c in classes]
+        )
+        pixels = train.pixels[torch.from_numpy(rows).to(common.device)]
+        with torch.no_grad():
+            output = vit.encode(vit.normalise(pixels.float() / 255), lora.to(common.device))
+            logits = lora.to(common.device).require_head()(output.features)
+        order = output.cls_scores.sort(1, descending=True, stable=True).indices
+        labels = torch.arange(len(classes)).repeat_interleave(per_class)
+        part = TaskImages(
+            task, pixels.cpu(), labels, order.cpu(), vit.config.patches, logits.cpu(),
+            lora.class_names, lora.name,
+        )  # fmt: skip
+        parts.append(part)
+    SyntheticPool(parts).save(common.work / name)
+    say("real_pool", pool=name, images=sum(len(p.images) for p in parts))
+
+
 def meta(
     common: Common,
     variants: tuple[str, ...] = ("dense",),
@@ -295,6 +333,7 @@ if __name__ == "__main__":
             "decode": decode_splits,
             "bank": bank,
             "invert": invert_bank,
+            "real": real_pool,
             "meta": meta,
             "score": score,
         },

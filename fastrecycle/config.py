@@ -18,6 +18,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_range(name: str, sides: tuple[int, int]) -> None:
+    low, high = sides
+    _require(
+        (low == high == 0) or 1 <= low <= high,
+        f"{name}: expected 1 <= low <= high pixels, or 0 0 for none, got {sides}",
+    )
+
+
 @dataclass(frozen=True)
 class PretuneConfig:
     """A bank of LoRAs with heads from labelled data, each on its own few-way task."""
@@ -83,6 +91,10 @@ class InversionConfig:
     jitter: float = 0.125
     # Each iteration flips a task's images with this probability.
     flip: float = 0.5
+    # Each iteration, the backbone (not the prior) sees a task's images shrunk to a side drawn from
+    # this range, in pixels, and enlarged again, so that what makes their class does not hide in
+    # fine texture. A side beyond the image's own leaves it as it is. "0 0" turns it off.
+    resolution: tuple[int, int] = (0, 0)
     # LoRAs (of equally many classes) inverted together in one batch; results do not depend on it.
     group: int = 4
     # Iterations between checkpoints of the group under way.
@@ -99,6 +111,7 @@ class InversionConfig:
         for name in ("alpha", "first_bn", "ce", "tv", "l2"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}: must not be negative, got {value}")
+        _require_range("resolution", self.resolution)
 
 
 @dataclass(frozen=True)
@@ -140,15 +153,23 @@ class MetaConfig:
     temperature: float = 1.0
     # Probability of a horizontal flip, for a task's images together.
     flip: float = 0.5
-    # Resolution augmentation: each step, images shrink to a side drawn from this range, in pixels,
+    # Resolution augmentation: a task's images shrink to a side drawn from this range, in pixels,
     # and grow back, so that the meta-LoRA cannot learn the texture of synthetic images. A side
     # beyond the image's own leaves it as it is. "0 0" turns it off.
     resolution: tuple[int, int] = (24, 96)
+    # Smallest share of the side that a random crop of each image keeps; 1 crops nothing. Images
+    # with masked patches are not cropped: their masks would no longer fit.
+    crop: float = 1.0
     # Share of patches masked (Sec. 4.3), from the least important on.
     sparsity: float = 0.0
     # How that share is spent: the same on every image (the paper), or drawn for each image around
     # that mean, packed without padding.
     sparsity_per: Literal["batch", "image"] = "batch"
+    # Share of a step's tasks that see whole images; the others mask so much more that `sparsity`
+    # is the mean. A multiple of 1 / tasks. 0 masks in every task (the paper).
+    whole: float = 0.0
+    # Where `whole` > 0: resolution augmentation of the tasks that mask, in place of `resolution`.
+    masked_resolution: tuple[int, int] = (0, 0)
     # Exponential moving average over the meta-LoRA's steps; 0 returns the last step's.
     ema: float = 0.0
     # Steps between checkpoints.
@@ -168,10 +189,18 @@ class MetaConfig:
         for name in ("sparsity", "ema"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
-        low, high = self.resolution
+        _require(0 < self.crop <= 1, f"crop: must be in (0, 1], got {self.crop}")
+        _require_range("resolution", self.resolution)
+        _require_range("masked_resolution", self.masked_resolution)
         _require(
-            (low == high == 0) or 1 <= low <= high,
-            f"resolution: expected 1 <= low <= high pixels, or 0 0 for none, got {self.resolution}",
+            0 <= self.whole < max(1e-9, 1 - self.sparsity) if self.sparsity else self.whole == 0,
+            "whole: must be in [0, 1 - sparsity), and 0 without sparsity, got"
+            f" whole {self.whole}, sparsity {self.sparsity}",
+        )
+        _require(
+            abs(self.whole * self.tasks - round(self.whole * self.tasks)) < 1e-6,
+            f"whole: must be a whole number of the {self.tasks} tasks of a step, got {self.whole}"
+            f" ({self.whole * self.tasks:g} tasks); use a multiple of 1 / tasks",
         )
         self.learned_blocks(12)
         _require(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastrecycle.augment import apply_maps, shrink_table
 from fastrecycle.config import InversionConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA, LoRAStack
@@ -46,6 +47,7 @@ def data_loss(
     config: InversionConfig,
     pruned: bool,
     precision: str = "fp32",
+    shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
 
@@ -59,6 +61,7 @@ def data_loss(
         config: weights of the terms, pruning schedule.
         pruned: whether the schedule is in force yet.
         precision: "fp32" or "bf16".
+        shrink: (G, S, S), maps of `shrink_table` through which the backbone sees each task.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -70,8 +73,9 @@ def data_loss(
     index = None
     if tasks > 1:
         index = torch.arange(tasks, device=images.device).repeat_interleave(per_task)
+    seen = flat if shrink is None else apply_maps(images, shrink).flatten(0, 1)
     with autocast(images.device, precision):
-        features = vit(flat, stack, lora_index=index, prune=config.prune if pruned else None)
+        features = vit(seen, stack, lora_index=index, prune=config.prune if pruned else None)
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
@@ -94,10 +98,11 @@ def data_loss(
 
 @dataclass(frozen=True)
 class Jitter:
-    """A roll and a flip of each task's images, drawn for every iteration in advance."""
+    """A roll, a flip and a resolution of each task's images, drawn for all iterations at once."""
 
     shift: Tensor  # (iterations, G, 2) int64, rows and columns
     flip: Tensor  # (iterations, G) bool
+    resolution: Tensor  # (iterations, G) int64, row of `shrink_table`; zeros where it is off
 
     @staticmethod
     def draw(generators: Sequence[torch.Generator], config: InversionConfig, side: int) -> Jitter:
@@ -106,7 +111,12 @@ class Jitter:
         shape = (config.iterations,)
         shifts = [torch.randint(-reach, reach + 1, (*shape, 2), generator=g) for g in generators]
         flips = [torch.rand(shape, generator=g) < config.flip for g in generators]
-        return Jitter(torch.stack(shifts, 1), torch.stack(flips, 1))
+        low, high = config.resolution
+        sides = torch.zeros(config.iterations, len(generators), dtype=torch.int64)
+        if high > 0:
+            drawn = [torch.randint(low, high + 1, shape, generator=g) for g in generators]
+            sides = torch.stack(drawn, 1).clamp_max(side) - min(low, side)
+        return Jitter(torch.stack(shifts, 1), torch.stack(flips, 1), sides)
 
     def index(self, iteration: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Source rows and columns of each output pixel, (G, S) each."""
@@ -161,6 +171,9 @@ class InversionGroup:
         count = heads[0].classes * config.images_per_class
         noise = [torch.randn(count, 3, side, side, generator=g) for g in generators]
         self.jitter = Jitter.draw(generators, config, side)
+        self.shrink = None  # (sides, S, S)
+        if 0 < config.resolution[0] < side:
+            self.shrink = shrink_table(side, *config.resolution).to(device=device, dtype=dtype)
         self.stack = LoRAStack.of(loras).to(device=device, dtype=dtype)
         self.heads = torch.stack([h.weight for h in heads]).to(device=device, dtype=dtype)
         self.biases = torch.stack(
@@ -183,9 +196,12 @@ class InversionGroup:
         # The jitter permutes pixels, so its backward is the inverse permutation: no graph needed.
         seen = gather_pixels(self.images, rows, columns).requires_grad_()
         pruned = bool(config.prune) and self.iteration >= config.prune_from * config.iterations
+        shrink = None
+        if self.shrink is not None:
+            shrink = self.shrink[self.jitter.resolution[self.iteration].to(self.images.device)]
         loss, ce, r_bn = self._loss(
             self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels, config,
-            pruned, self.precision,
+            pruned, self.precision, shrink,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss.sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrecycle.augment import apply_maps, crop_maps, shrink_table
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
@@ -99,6 +100,14 @@ class EpisodeSampler:
             all_rows.append([rng.choice(rows, need, replace=False) for rows in sources])
             all_labels.append(labels)
         return Episodes(np.array(all_rows), np.array(all_labels))
+
+
+class Batch(NamedTuple):
+    """Tasks of one shape, ready for the backbone."""
+
+    images: Tensor  # (E W (K + Q), 3, S, S), normalised
+    keep: Tensor | RaggedKeep | None  # kept patches of each image; None: all
+    target: Tensor  # (E, W Q, W), see `targets`
 
 
 def targets(pool_logits: Tensor, episodes: Episodes, config: MetaConfig) -> Tensor:
@@ -186,6 +195,13 @@ def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
     return counts
 
 
+def masked_patches(patches: int, config: MetaConfig) -> int:
+    """Patches that an image keeps in a task that masks: all such images the same number."""
+    mean = kept_count(patches, config.sparsity)
+    whole = round(config.whole * config.tasks)
+    return max(1, (mean * config.tasks - whole * patches) // (config.tasks - whole))
+
+
 @dataclass(frozen=True)
 class MetaResult:
     """What meta-training returns."""
@@ -237,8 +253,15 @@ class MetaTrainer:
         self.logits = pool.teacher_logits.to(device)
         self.order = pool.order.to(device)  # most important patch first
         self.patches = pool.patches
-        if config.sparsity > 0 and config.sparsity_per == "batch":
-            pool.keep(config.sparsity)  # raises if inversion left too few patches
+        self.masked_count = masked_patches(pool.patches, config)
+        if config.sparsity > 0 and (config.sparsity_per == "batch" or config.whole > 0):
+            # raises if inversion left too few patches
+            pool.keep(1 - self.masked_count / pool.patches)
+        side = vit.config.image_size
+        self.shrink, self.masked_shrink = (
+            shrink_table(side, *sides).to(device) if sides[1] else None
+            for sides in (config.resolution, config.masked_resolution)
+        )
         self.vit = vit
         blocks = config.learned_blocks(vit.config.depth)
         lora = LoRA.init(
@@ -270,44 +293,69 @@ class MetaTrainer:
         features = features.unflatten(0, (-1, config.ways, config.shots + config.queries))
         return meta_loss(features, target, config)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor | RaggedKeep | None, Tensor]:
-        """Images (B, 3, S, S), kept patches and targets of a step, augmented."""
-        config, device = self.config, self.images.device
+    def _batches(self, step: int) -> list[Batch]:
+        """The tasks of a step, augmented: those of whole images, then those that mask patches."""
+        config = self.config
         episodes = self.sampler.draw(step)
         # the sampler's key, another stretch of its counter
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
+        flip = rng.random(config.tasks) < config.flip
+        split = config.tasks if config.sparsity == 0 else round(config.whole * config.tasks)
+        parts = (slice(0, split), slice(split, None))
+        groups = []
+        for part, masked in zip(parts, (False, True), strict=True):
+            tasks = Episodes(*(x[part] for x in episodes))
+            if len(tasks.rows):
+                groups.append(self._batch(tasks, flip[part], rng, masked))
+        return groups
+
+    def _batch(
+        self, episodes: Episodes, flip: np.ndarray, rng: np.random.Generator, masked: bool
+    ) -> Batch:
+        config, device = self.config, self.images.device
+        count, side = len(episodes.rows), self.vit.config.image_size
         rows = torch.from_numpy(episodes.rows.reshape(-1)).to(device)
         pixels = self.images[rows].float() / 255
-        low, high = config.resolution
-        side = self.vit.config.image_size
-        if high > 0:
-            small = int(rng.integers(low, high + 1))
-            if small < side:
-                resize = torch.nn.functional.interpolate
-                pixels = resize(pixels, small, mode="bilinear", antialias=True)
-                pixels = resize(pixels, side, mode="bicubic").clamp(0, 1)
+        maps = None  # of rows and of columns
+        if not masked and config.crop < 1:
+            scale = rng.uniform(config.crop, 1, len(rows))
+            offset = rng.random((2, len(rows))) * (1 - scale)
+            maps = [crop_maps(_to(scale, device), _to(start, device), side) for start in offset]
+        table, sides = self.shrink, config.resolution
+        if masked and config.whole > 0:
+            table, sides = self.masked_shrink, config.masked_resolution
+        if table is not None:
+            drawn = rng.integers(sides[0], sides[1] + 1, count).clip(max=side) - min(sides[0], side)
+            shrink = table[torch.from_numpy(drawn).to(device)]
+            shrink = shrink.repeat_interleave(len(rows) // count, 0)
+            maps = [shrink, shrink] if maps is None else [shrink @ m for m in maps]
+        if maps is not None:
+            pixels = apply_maps(pixels, *maps).clamp(0, 1)
         keep: Tensor | RaggedKeep | None = None
-        if config.sparsity > 0:
+        if masked:
             order = self.order[rows]
-            if config.sparsity_per == "batch":
-                count = kept_count(self.patches, config.sparsity)
-                keep = order[:, :count].sort(dim=1).values
+            if config.sparsity_per == "batch" or config.whole > 0:
+                keep = order[:, : self.masked_count].sort(dim=1).values
             else:
                 counts = keep_ladder(len(rows), self.patches, config.sparsity)
                 shuffled = torch.from_numpy(rng.permutation(counts))
                 keep = RaggedKeep.of_orders(order, shuffled.to(device))
-        if rng.random() < config.flip:
-            pixels = pixels.flip(-1)
+        if flip.any():
+            mirrored = torch.from_numpy(flip.repeat(len(rows) // count)).to(device)
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
             if keep is not None:
-                keep = _mirror(keep, self.vit.config.grid)
-        return self.vit.normalise(pixels), keep, targets(self.logits, episodes, config)
+                keep = _mirror(keep, self.vit.config.grid, mirrored)
+        return Batch(self.vit.normalise(pixels), keep, targets(self.logits, episodes, config))
 
     def step(self) -> dict[str, Tensor]:
         """One update; returns its loss and accuracy, still on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr_at(self.iteration)
-        images, keep, target = self._batch(self.iteration)
-        loss, accuracy = self._loss(images, keep, target)
+        loss, accuracy = torch.zeros(()), torch.zeros(())
+        for batch in self._batches(self.iteration):
+            share = len(batch.target) / self.config.tasks
+            values = self._loss(*batch)
+            loss, accuracy = loss + share * values[0], accuracy + share * values[1]
         gradients = torch.autograd.grad(loss, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -384,15 +432,19 @@ def _started(fresh: LoRA, start: LoRA, blocks: tuple[int, ...]) -> LoRA:
     return replace(fresh, a=a, b=b)
 
 
-def _mirror(keep: Tensor | RaggedKeep, grid: int) -> Tensor | RaggedKeep:
-    """Patch indices after a horizontal flip of the image."""
+def _mirror(keep: Tensor | RaggedKeep, grid: int, mirrored: Tensor) -> Tensor | RaggedKeep:
+    """Patch indices after a horizontal flip of the images where `mirrored` (B,) says so."""
 
-    def flip(index: Tensor) -> Tensor:
-        return index + (grid - 1) - 2 * (index % grid)
+    def flip(index: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, index + (grid - 1) - 2 * (index % grid), index)
 
     if isinstance(keep, RaggedKeep):
-        return replace(keep, patches=flip(keep.patches))
-    return flip(keep)
+        return replace(keep, patches=flip(keep.patches, mirrored[keep.image]))
+    return flip(keep, mirrored[:, None])
+
+
+def _to(x: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(x).to(device, torch.float32)
 
 
 def meta_train(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrecycle import inversion
+from fastrecycle.augment import shrink_table
 from fastrecycle.config import InversionConfig
 from fastrecycle.inversion import (
     InversionGroup,
@@ -81,6 +82,18 @@ def test_jitter_reaches_an_eighth_of_the_side_both_ways_and_flips_half():
     assert Jitter.draw([task_generator(0, 0)], config(flip=1.0), 32).flip.all()
 
 
+def test_resolutions_cover_their_range_and_leave_other_draws_alone():
+    generators = lambda: [task_generator(0, t) for t in range(2)]  # noqa: E731
+    off = Jitter.draw(generators(), config(iterations=300), 32)
+    on = Jitter.draw(generators(), config(iterations=300, resolution=(20, 40)), 32)
+    assert torch.equal(on.shift, off.shift)
+    assert torch.equal(on.flip, off.flip)
+    assert not off.resolution.any()
+    assert on.resolution.unique().tolist() == list(range(13))  # 20 to 32 pixels, 32 being whole
+    assert 0.25 < (on.resolution == 12).float().mean() < 0.6  # 9 of 21, five deviations
+    assert not torch.equal(on.resolution[:, 0], on.resolution[:, 1])
+
+
 # ------------------------------------------------------------------ the loss
 
 
@@ -134,6 +147,26 @@ def test_data_loss_matches_plain_terms(changes, pruned):
         # the prior keeps float32 statistics; both sides read the same ones
         torch.testing.assert_close(loss[g], expected, rtol=1e-10, atol=0)
         torch.testing.assert_close(ce[g], expected_ce, rtol=1e-10, atol=0)
+
+
+def test_the_backbone_sees_shrunk_images_and_the_prior_whole_ones():
+    cfg, vit, prior = config(alpha=0.5), toys.vit().double(), toys.prior().double()
+    loras = [toys.lora(i).to(torch.float64) for i in range(2)]
+    images = torch.randn(2, 6, 3, SIDE, SIDE, generator=toys.generator(3), dtype=torch.float64)
+    maps = shrink_table(SIDE, 4, 9).double()[[0, 5]]
+    heads = [torch.stack([getattr(x.head, n) for x in loras]) for n in ("weight", "bias")]
+    labels = torch.arange(3).repeat_interleave(2)
+    _, ce, r_bn = data_loss(
+        vit, prior, images, LoRAStack.of(loras), *heads, labels, cfg, False, shrink=maps
+    )
+    for g, side in enumerate((4, 9)):
+        small = torch.nn.functional.interpolate(
+            images[g], (side, side), mode="bilinear", antialias=True
+        )
+        seen = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bicubic")
+        expected = plain_loss(vit, None, loras[g], seen, cfg, False)[1]
+        torch.testing.assert_close(ce[g], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(r_bn[g], prior(images[g] * 0.5 + 0.5)[0])
 
 
 def test_gradient_through_jitter_pruning_and_prior_matches_finite_differences():

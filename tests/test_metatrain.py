@@ -16,6 +16,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrecycle.augment import apply_maps
 from fastrecycle.classifier import prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.lora import LoRA
@@ -252,7 +253,7 @@ def test_one_shot_query_on_its_prototype_has_a_finite_gradient(distance):
 def test_packed_tasks_have_the_mean_of_their_losses(changes):
     both, one = trainer(tasks=2, **changes), trainer(tasks=1, **changes)
     for step in range(3):
-        images, keep, target = both._batch(step)
+        images, keep, target = both._batches(step)[0]
         loss, accuracy = both._forward(images, keep, target)
         alone = []
         for e in range(2):
@@ -303,7 +304,7 @@ def raw(t, step):
 def test_without_augmentation_images_are_the_pools():
     t = trainer(resolution=(0, 0), flip=0.0)
     for step in range(3):
-        assert torch.equal(t._batch(step)[0], raw(t, step)[0])
+        assert torch.equal(t._batches(step)[0][0], raw(t, step)[0])
 
 
 def test_flip_mirrors_images_and_patches_together():
@@ -314,13 +315,13 @@ def test_flip_mirrors_images_and_patches_together():
     ):
         on = trainer(resolution=(0, 0), flip=1.0, **extra)
         off = trainer(resolution=(0, 0), flip=0.0, **extra)
-        mirrored, plain = on._batch(0), off._batch(0)
+        mirrored, plain = on._batches(0)[0], off._batches(0)[0]
         assert torch.equal(mirrored[0], plain[0].flip(-1))
         assert torch.equal(mirrored[2], plain[2])
         if extra:
             assert torch.equal(shown(*mirrored[:2]), shown(*plain[:2]).flip(-1))
     half = trainer(resolution=(0, 0), flip=0.5)
-    flips = [not torch.equal(half._batch(s)[0], raw(half, s)[0]) for s in range(60)]
+    flips = [not torch.equal(half._batches(s)[0][0], raw(half, s)[0]) for s in range(60)]
     assert 11 < sum(flips) < 49  # 30 +- 5 deviations
 
 
@@ -337,15 +338,17 @@ def shown(images, keep):
 
 def test_mirror_of_patch_indices():
     keep = torch.tensor([[0, 1, 7], [12, 14, 3]])
-    assert _mirror(keep, 4).tolist() == [[3, 2, 4], [15, 13, 0]]
-    assert torch.equal(_mirror(_mirror(keep, 4), 4), keep)
+    both = torch.tensor([True, True])
+    assert _mirror(keep, 4, both).tolist() == [[3, 2, 4], [15, 13, 0]]
+    assert torch.equal(_mirror(_mirror(keep, 4, both), 4, both), keep)
+    assert _mirror(keep, 4, torch.tensor([False, True])).tolist() == [[0, 1, 7], [15, 13, 0]]
 
 
 def test_resolution_augmentation_shrinks_to_a_side_in_range_and_back():
     t = trainer(resolution=(4, 8), flip=0.0)
     found = Counter()
     for step in range(25):
-        got, (images, _) = t._batch(step)[0], raw(t, step)
+        got, (images, _) = t._batches(step)[0][0], raw(t, step)
         pixels = t.vit.pixels(images)
         for side in range(1, 17):
             resize = torch.nn.functional.interpolate
@@ -353,14 +356,51 @@ def test_resolution_augmentation_shrinks_to_a_side_in_range_and_back():
             back = resize(small, (16, 16), mode="bicubic").clamp(0, 1)
             if torch.allclose(t.vit.normalise(back), got, atol=1e-5):
                 found[side] += 1
-    assert sum(found.values()) == 25  # one side for the whole batch
+    assert sum(found.values()) == 25  # one side for a whole task
     assert set(found) == {4, 5, 6, 7, 8}
+
+
+def test_each_task_of_a_step_has_its_own_resolution_and_flip():
+    """As many tasks as there are, each is augmented as it would be with fewer beside it."""
+    both = trainer(tasks=2, resolution=(4, 15))
+    one = trainer(tasks=1, resolution=(4, 15))
+    differ = 0
+    for step in range(20):
+        images = both._batches(step)[0].images.unflatten(0, (2, 15))
+        plain = both.vit.pixels(raw(both, step)[0]).unflatten(0, (2, 15))
+        own = []
+        for task in range(2):
+            for flipped in (False, True):
+                for row in range(12):
+                    seen = apply_maps(plain[task : task + 1], both.shrink[row : row + 1])
+                    seen = seen.clamp(0, 1)[0].flip(-1) if flipped else seen.clamp(0, 1)[0]
+                    if torch.allclose(both.vit.normalise(seen), images[task], atol=1e-5):
+                        own.append((row, flipped))
+        assert len(own) == 2
+        differ += own[0] != own[1]
+        assert len(one._batches(step)[0].images) == 15
+    assert differ > 10
+
+
+def test_crop_enlarges_a_window_of_each_image():
+    t = trainer(resolution=(0, 0), flip=0.0, crop=0.5)
+    ramp = torch.linspace(0, 255, 16).round().to(torch.uint8)
+    t.images[:] = ramp  # brightness is the column: a window shows its bounds
+    sizes = set()
+    for step in range(5):
+        seen = t.vit.pixels(t._batches(step)[0].images)
+        width = (seen[..., -2] - seen[..., 1]) / 13 * 15  # of the window, as a share of the side
+        assert (width > 0.45).all()
+        assert (width < 1.01).all()
+        assert torch.allclose(width[:, :, :1], width, atol=0.02)  # one window for an image
+        sizes |= {round(w, 2) for w in width[:, 0, 0].tolist()}
+    assert len(sizes) > 10
 
 
 def test_resolution_of_the_whole_side_changes_nothing_and_one_pixel_is_flat():
     t = trainer(resolution=(16, 16), flip=0.0)
-    assert torch.equal(t._batch(0)[0], raw(t, 0)[0])
-    flat = trainer(resolution=(1, 1), flip=0.0)._batch(0)[0]
+    assert torch.equal(t._batches(0)[0][0], raw(t, 0)[0])
+    flat = trainer(resolution=(1, 1), flip=0.0)._batches(0)[0][0]
     torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat), rtol=0, atol=1e-5)
 
 
@@ -374,7 +414,7 @@ def test_augmentation_draws_from_the_seeds_own_stream(monkeypatch):
 
     t = trainer(seed=6)
     monkeypatch.setattr(np.random, "Philox", record)
-    t._batch(4)
+    t._batches(4)
     assert [key for key, _ in made] == [(6, 4), (6, 4)]
     assert made[0] != made[1]
 
@@ -402,18 +442,36 @@ def test_keep_ladder_spreads_over_the_levels():
 
 def test_batch_sparsity_keeps_the_best_of_every_image():
     t = trainer(sparsity=0.75, sparsity_per="batch", flip=0.0)
-    _, keep, _ = t._batch(0)
+    _, keep, _ = t._batches(0)[0]
     _, rows = raw(t, 0)
     assert torch.equal(keep, t.order[rows][:, :4].sort(1).values)
     with pytest.raises(ValueError, match="asks for 12 of 16 patches"):
         trainer(toys.pool(survivors=8), sparsity=0.25, sparsity_per="batch")
 
 
+def test_whole_tasks_and_masked_ones_meet_the_mean_together():
+    changes = {"tasks": 8, "whole": 0.125, "sparsity": 0.75, "resolution": (4, 8)}
+    t = trainer(flip=0.0, **changes)
+    whole, masked = t._batches(0)
+    assert whole.keep is None
+    assert [len(whole.target), len(masked.target)] == [1, 7]
+    assert masked.keep.shape == (7 * 15, 2)  # (8 * 4 - 16) / 7 patches, rounded down
+    plain, rows = raw(t, 0)
+    assert torch.equal(masked.images, plain[15:])  # not shrunk: masked_resolution is off
+    assert not torch.equal(whole.images, plain[:15])
+    assert torch.equal(masked.keep, t.order[rows[15:]][:, :2].sort(1).values)
+    losses = [t._forward(*batch)[0] for batch in (whole, masked)]
+    mean = (losses[0] + 7 * losses[1]) / 8
+    torch.testing.assert_close(t.step()["loss"], mean.detach(), rtol=1e-5, atol=1e-5)
+    shrunk = trainer(flip=0.0, masked_resolution=(4, 8), **changes)._batches(0)[1]
+    assert not torch.equal(shrunk.images, masked.images)
+
+
 def test_image_sparsity_keeps_the_best_of_each_image():
     t = trainer(sparsity=0.75, sparsity_per="image", flip=0.0)
     seen = set()
     for step in range(3):
-        _, keep, _ = t._batch(step)
+        _, keep, _ = t._batches(step)[0]
         _, rows = raw(t, step)
         assert len(keep.patches) == 15 * 4
         counts = keep.cu_seqlens.diff().tolist()
@@ -521,7 +579,7 @@ def test_a_step_is_adam_on_the_naive_loss(tasks):
     lora = t.lora.clone().to(torch.float64)
     moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in lora.tensors()]
     for step in range(2):
-        images, _, target = t._batch(step)
+        images, _, target = t._batches(step)[0]
         for x in lora.tensors():
             x.requires_grad_()
         features = torch.cat([vit(image[None].double(), lora) for image in images])
@@ -563,7 +621,7 @@ def test_loss_falls_on_a_pool_that_can_be_learnt():
 
     @torch.no_grad()
     def loss():  # on tasks that the 60 steps do not see
-        return sum(t._forward(*t._batch(step))[0].item() for step in range(100, 106)) / 6
+        return sum(t._forward(*t._batches(step)[0])[0].item() for step in range(100, 106)) / 6
 
     before = loss()
     for _ in range(60):
@@ -684,6 +742,11 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         ({"temperature": -1.0}, "temperature: must be positive"),
         ({"interpolation": 1.1}, r"interpolation: must be in \[0, 1\], got 1.1"),
         ({"sparsity": 1.0}, r"sparsity: must be in \[0, 1\), got 1.0"),
+        ({"crop": 0.0}, r"crop: must be in \(0, 1\]"),
+        ({"masked_resolution": (5, 4)}, "masked_resolution: expected 1 <= low <= high"),
+        ({"whole": 0.5}, r"whole: must be in \[0, 1 - sparsity\)"),
+        ({"whole": 0.5, "sparsity": 0.6, "tasks": 2}, r"whole: must be in \[0, 1 - sparsity\)"),
+        ({"whole": 0.3, "sparsity": 0.5, "tasks": 4}, "whole number of the 4 tasks"),
         ({"resolution": (5, 4)}, "resolution: expected 1 <= low <= high"),
         ({"resolution": (0, 4)}, "resolution: expected"),
         ({"learn": "middle:3"}, 'learn: expected "all", "backbone", "first:N" or "last:N"'),
