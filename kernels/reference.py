@@ -6,6 +6,7 @@ C channels. Everything that sums is computed in float32 at least; outputs have t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -129,3 +130,20 @@ def bn_prior(
     if relu:
         y = y.relu()
     return y.to(x.dtype), mu, sigma2
+
+
+def moment_distance(
+    moments: Sequence[tuple[Tensor, Tensor]], mean: Tensor, var: Tensor, first_bn: float
+) -> Tensor:
+    """R_BN of each task: sum over layers of ||mu - mean||_2 + ||sigma2 - var||_2.
+
+    moments: mu and sigma2 of each layer, each (G, C); mean, var: the layers' stored statistics one
+    after the other; first_bn: factor of the first layer's term. Returns (G,).
+    """
+    widths = [mu.shape[1] for mu, _ in moments]
+    norm = torch.linalg.vector_norm  # its gradient at 0 is 0, not NaN
+    terms = [
+        norm(mu - m, dim=1) + norm(sigma2 - v, dim=1)
+        for (mu, sigma2), m, v in zip(moments, mean.split(widths), var.split(widths), strict=True)
+    ]
+    return torch.stack([first_bn * terms[0], *terms[1:]]).sum(0)
