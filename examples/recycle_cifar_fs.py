@@ -224,7 +224,7 @@ def real_pool(
         with torch.no_grad():
             output = vit.encode(vit.normalise(pixels.float() / 255), lora.to(common.device))
             logits = lora.to(common.device).require_head()(output.features)
-        order = output.cls_scores.sort(1, descending=True, stable=True).indices
+        order = output.cls_scores.sort(dim=1, descending=True, stable=True).indices
         labels = torch.arange(len(classes)).repeat_interleave(per_class)
         part = TaskImages(
             task, pixels.cpu(), labels, order.cpu(), vit.config.patches, logits.cpu(),
