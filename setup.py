@@ -6,6 +6,7 @@ pure Python, which gives the same results.
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import setup
@@ -51,7 +52,7 @@ class OptionalBuild(build_ext):
         try:
             super().run()
         except Exception as error:  # each platform and compiler fails in a way of its own
-            without(" ".join(str(error).split()) or type(error).__name__)
+            without(textwrap.shorten(str(error), 160) or type(error).__name__)
             self.extensions = []
             self.distribution.ext_modules = None
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
