@@ -130,6 +130,9 @@ class MetaConfig:
     tasks: int = 1
     # Probability that a task mixes classes of several LoRAs (cross-task interpolation, Eq. 4).
     interpolation: float = 0.5
+    # Where several LoRAs show a class of such a task: its images come from one of them, drawn anew
+    # for each task, or from all, so that a class does not stand for one LoRA's manner.
+    holders: Literal["one", "all"] = "one"
     # Rank of the meta-LoRA.
     rank: int = 4
     # Its alpha; unset means alpha = rank, a scale of 1.

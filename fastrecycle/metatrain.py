@@ -68,6 +68,7 @@ class EpisodeSampler:
                 own[int(label)] = rows
                 self.shared.setdefault(int(classes[rows[0]]), []).append(rows)
             self.own.append(own)
+        self.everywhere = {c: np.concatenate(rows) for c, rows in self.shared.items()}
         self.wide = [i for i, own in enumerate(self.own) if len(own) >= config.ways]
         if config.interpolation < 1 and not self.wide:
             raise ValueError(
@@ -91,7 +92,8 @@ class EpisodeSampler:
                 sources = []
                 for c in chosen.tolist():
                     holders = self.shared[c]
-                    sources.append(holders[rng.integers(len(holders))])
+                    one = holders[rng.integers(len(holders))]
+                    sources.append(one if config.holders == "one" else self.everywhere[c])
                 labels = np.full(config.ways, -1)
             else:
                 own = self.own[self.wide[rng.integers(len(self.wide))]]

@@ -90,6 +90,22 @@ def test_every_lora_that_shows_a_class_is_drawn_from():
     assert set(rows.tolist()) == set(range(len(pool)))
 
 
+@pytest.mark.parametrize("holders", ["one", "all"])
+def test_images_of_a_class_come_from_one_lora_or_from_all(holders):
+    pool = toys.pool(3, names=("a", "b", "c"))
+    sampler = EpisodeSampler(pool, config(interpolation=1.0, holders=holders))
+    owners = Counter()
+    for step in range(40):
+        for rows in sampler.draw(step).rows[0]:
+            assert len({pool.class_names[c] for c in pool.classes[torch.tensor(rows)]}) == 1
+            assert len(set(rows.tolist())) == 5
+            owners[len(set(pool.tasks[torch.tensor(rows)].tolist()))] += 1
+    if holders == "one":
+        assert set(owners) == {1}
+    else:
+        assert owners[2] + owners[3] > 100  # of 120; five of 18 images from one LoRA are rare
+
+
 def test_tasks_depend_on_seed_and_step_alone():
     pool = toys.pool()
     one, other = EpisodeSampler(pool, config(), 1), EpisodeSampler(pool, config(), 1)
