@@ -24,28 +24,30 @@ struct Ranked {
 // enough through are sorted.
 class Draw {
  public:
-  const std::vector<Ranked>& operator()(Philox& random, std::int64_t population,
-                                        std::int64_t count) {
+  // The first `count` entries hold until the next call.
+  const Ranked* operator()(Philox& random, std::int64_t population, std::int64_t count) {
     words_.resize(static_cast<std::size_t>(population));
+    ranked_.resize(words_.size() + 1);  // a slot is written before it is known to count
     random.fill(words_.data(), population);
     const double wanted = static_cast<double>(count);
-    const double share =
-        (wanted + 4 * std::sqrt(wanted) + 8) / static_cast<double>(population);
+    const double share = (wanted + 3 * std::sqrt(wanted) + 2) / static_cast<double>(population);
     const std::uint64_t all = ~std::uint64_t{0};
     const std::uint64_t bound =
         share < 0.9 ? static_cast<std::uint64_t>(share * 18446744073709551616.0) : all;
-    pick(bound);
-    if (static_cast<std::int64_t>(ranked_.size()) < count) pick(all);
-    std::sort(ranked_.begin(), ranked_.end());
-    return ranked_;
+    std::size_t below = pick(bound);
+    if (below < static_cast<std::size_t>(count)) below = pick(all);
+    std::sort(ranked_.data(), ranked_.data() + below);
+    return ranked_.data();
   }
 
  private:
-  void pick(std::uint64_t bound) {
-    ranked_.clear();
+  std::size_t pick(std::uint64_t bound) {
+    std::size_t below = 0;
     for (std::size_t i = 0; i < words_.size(); ++i) {
-      if (words_[i] <= bound) ranked_.push_back({words_[i], static_cast<std::int64_t>(i)});
+      ranked_[below] = {words_[i], static_cast<std::int64_t>(i)};
+      below += words_[i] <= bound ? 1 : 0;
     }
+    return below;
   }
 
   std::vector<std::uint64_t> words_;
@@ -67,19 +69,19 @@ void draw_episodes(const std::int64_t* names, const std::int64_t* starts,
     Draw draw_classes, draw_images;
     for (std::int64_t task = begin; task < end; ++task) {
       Philox random(seed, static_cast<std::uint64_t>(task));
-      const auto& chosen = draw_classes(random, classes_in_all, ways);
+      const Ranked* chosen = draw_classes(random, classes_in_all, ways);
       for (std::int64_t way = 0; way < ways; ++way) {
-        const std::int64_t position = chosen[static_cast<std::size_t>(way)].position;
+        const std::int64_t position = chosen[way].position;
         const std::int64_t* own = members + starts[position];
-        const auto& drawn =
+        const Ranked* drawn =
             draw_images(random, starts[position + 1] - starts[position], shots + queries);
         const std::int64_t row = task * ways + way;
         classes[row] = names[position];
         for (std::int64_t i = 0; i < shots; ++i) {
-          support[row * shots + i] = own[drawn[static_cast<std::size_t>(i)].position];
+          support[row * shots + i] = own[drawn[i].position];
         }
         for (std::int64_t i = 0; i < queries; ++i) {
-          query[row * queries + i] = own[drawn[static_cast<std::size_t>(shots + i)].position];
+          query[row * queries + i] = own[drawn[shots + i].position];
         }
       }
     }
