@@ -29,6 +29,7 @@ needs_extension = pytest.mark.skipif(
     not host.HAVE_EXTENSION, reason="the C++ extension is not built or turned off"
 )
 CODES = [pytest.param(True, marks=needs_extension, id="c++"), pytest.param(False, id="python")]
+# A thread is only started for a millisecond of work: tests with THREADS are large enough for two.
 THREADS = [1, 2, 7]
 
 
@@ -105,7 +106,7 @@ def test_top_k_takes_nothing_of_anything(shape):
 
 
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize(("shape", "k"), [((700, 196), 49), ((3, 300_000), 1000)])
+@pytest.mark.parametrize(("shape", "k"), [((4000, 196), 49), ((3, 300_000), 1000)])
 @pytest.mark.usefixtures("code")
 def test_top_k_does_not_depend_on_threads(shape, k, threads):
     x = np.random.default_rng(0).integers(0, 1000, shape).astype(np.float32)
@@ -251,7 +252,7 @@ def test_plan_packed_gathers_merges_and_scatters_tokens():
 @pytest.mark.usefixtures("code")
 def test_plan_packed_does_not_depend_on_threads(threads):
     rng = np.random.default_rng(2)
-    mask = rng.random((3000, 196)) < rng.random((3000, 1))
+    mask = rng.random((20_000, 196)) < rng.random((20_000, 1))
     counts = mask.sum(1)
     order = (~mask).argsort(1, kind="stable")[:, ::1].copy()
     plan = host.plan_packed(mask, threads=threads)
@@ -312,6 +313,19 @@ def test_draw_episodes_keeps_the_frozen_list(threads):
     joined = b"".join(a.astype("<i8").tobytes() for a in (support, query, classes))
     digest = "dc6e0a26295c9919eb8eb46525919cdbc02a0bc09dc55b2fe6d40ef7609b1afb"
     assert hashlib.sha256(joined).hexdigest() == digest
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.usefixtures("code")
+def test_draw_episodes_does_not_depend_on_threads(threads):
+    labels, ways, shots, queries = CASES["large classes"]
+    expected = episodes(labels, ways, shots, queries, tasks=60, seed=5)
+    names, members = classes_of(labels)
+    drawn = host.draw_episodes(names, members, ways, shots, queries, 60, 5, threads=threads)
+    for ours, theirs in zip(
+        drawn, (expected.classes, expected.support, expected.query), strict=True
+    ):
+        assert_equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("code")
@@ -384,9 +398,10 @@ def test_draw_steps_matches_episode_sampler_on_large_classes():
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.usefixtures("code")
 def test_draw_steps_depends_on_neither_threads_nor_chunks(threads):
-    source, config = pool(), MetaConfig(ways=3, shots=1, queries=5)
-    rows, labels = drawn(source, config, 1, first=0, steps=300, threads=threads)
-    parts = [drawn(source, config, 1, first=i, steps=100) for i in (0, 100, 200)]
+    source, config = pool(per_class=31), MetaConfig(ways=5, tasks=8, shots=1, queries=29)
+    steps = 300  # some 4 ms in C++
+    rows, labels = drawn(source, config, 1, first=0, steps=steps, threads=threads)
+    parts = [drawn(source, config, 1, first=i, steps=100) for i in range(0, steps, 100)]
     assert_equal(rows, np.concatenate([p[0] for p in parts]))
     assert_equal(labels, np.concatenate([p[1] for p in parts]))
     assert [x.shape[0] for x in drawn(source, config, 1, first=5, steps=0)] == [0, 0]
@@ -479,13 +494,13 @@ def test_host_rejects_what_does_not_fit(call, message):
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.usefixtures("code")
 def test_plan_packed_names_the_first_bad_image(threads):
-    order = np.tile(np.arange(196), (3000, 1))
-    order[[900, 2500], 7], order[1700, 9] = 500, 8
+    order = np.tile(np.arange(196), (12_000, 1))
+    order[[900, 11_000], 7], order[1700, 9] = 500, 8
     with pytest.raises(ValueError, match=r"order\[900\] names patch 500; expected"):
-        host.plan_packed_orders(order, np.full(3000, 50), 196, threads=threads)
+        host.plan_packed_orders(order, np.full(12_000, 50), 196, threads=threads)
     order[900, 7] = 7
     with pytest.raises(ValueError, match=r"order\[1700\] names patch 8 twice"):
-        host.plan_packed_orders(order, np.full(3000, 50), 196, threads=threads)
+        host.plan_packed_orders(order, np.full(12_000, 50), 196, threads=threads)
 
 
 @needs_extension
@@ -510,7 +525,7 @@ def test_extension_takes_no_other_dtype_silently():
 
 @needs_extension
 def test_extension_runs_beside_other_threads():
-    x = scores("softmax", 4000, 196)
+    x = scores("softmax", 8000, 196)
     expected = host.top_k(x, 49)
     results = [None] * 8
 

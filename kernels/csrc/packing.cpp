@@ -49,7 +49,7 @@ void mark_kept(const std::int64_t* order, const std::int64_t* counts, std::int64
 void plan(const std::uint8_t* mask, const std::int64_t* starts, std::int64_t images,
           std::int64_t patches, std::int64_t prefix, const Packing& out, int threads) {
   const std::int64_t tokens = prefix + patches;
-  parallel(images, 3.0 * static_cast<double>(tokens), threads,
+  parallel(images, 1.5 * static_cast<double>(tokens), threads,
            [&](std::int64_t begin, std::int64_t end) {
              // one more than fits: the slot after the last is written before it is known unkept
              std::vector<std::int64_t> kept(static_cast<std::size_t>(patches) + 1);

@@ -13,8 +13,9 @@
 
 namespace fastrecycle {
 
-// Starting and joining a thread costs some 20 us; one with less to do than this does not pay.
-constexpr double worth_a_thread_ns = 100e3;
+// A thread with less to do than this does not pay. Starting and joining one takes some 20 us where a
+// core is free; where none is, its share waits for a time slice of several ms.
+constexpr double worth_a_thread_ns = 1e6;
 
 // Calls work(begin, end) on pieces of [0, count), on the caller's thread and at most threads - 1
 // more. If pieces fail, the error of the first of them is thrown, whatever the number of threads.

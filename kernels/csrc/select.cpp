@@ -74,7 +74,7 @@ void top_of_row(const float* scores, std::int64_t n, std::int64_t count, std::ui
 void top_k(const float* scores, std::int64_t images, std::int64_t patches, std::int64_t count,
            std::int64_t* kept, int threads) {
   if (count == 0) return;
-  parallel(images, 4.0 * static_cast<double>(patches), threads,
+  parallel(images, 3.0 * static_cast<double>(patches), threads,
            [&](std::int64_t begin, std::int64_t end) {
              std::vector<std::uint32_t> keys(static_cast<std::size_t>(patches));
              for (std::int64_t i = begin; i < end; ++i) {
