@@ -39,7 +39,7 @@ def _affine(mean, var, weight, bias, c, inside, eps):
 
 @triton.jit
 def _forward(
-    x, residual, mean, var, weight, bias, y, bits, chunk_mean, chunk_var,
+    x, residual, mean, var, weight, bias, y, twin, bits, chunk_mean, chunk_var,
     rows, channels, blocks, chunks, tiles, eps,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, BITS: tl.constexpr, WRITE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr,
@@ -51,6 +51,7 @@ def _forward(
     inside_c = c < channels
     if WRITE:
         scale, shift = _affine(mean, var, weight, bias, c, inside_c, eps)
+        tl.store(twin, 0.0, mask=tl.program_id(0) + task == 0)
 
     first = chunk * tiles * BLOCK_R  # row within the task
     left = min(rows - first, tiles * BLOCK_R)
@@ -222,12 +223,12 @@ class Launch:
         return max(1, self.block_r * self.block_c // (self.warps * 32 * 8))
 
 
-def launch(rows: int, channels: int, segments: int) -> Launch:
+def launch(rows: int, channels: int, segments: int, itemsize: int = 2) -> Launch:
     """The cut of `segments` tasks of `rows` rows: whole memory lines, and programs for the chip."""
     block_c = min(64, max(16, triton.next_power_of_2(channels)))
     strips = segments * triton.cdiv(channels, block_c)
     # four 16-byte loads in flight in each thread, two where the chip would not be full
-    block_r = 64 if rows * strips >= 64 * PROGRAMS else 32
+    block_r = (128 if rows * strips >= 64 * PROGRAMS else 64) // itemsize
     tiles = max(1, triton.cdiv(rows, block_r))
     tiles = triton.cdiv(tiles, max(1, PROGRAMS // strips))
     return Launch(block_r, block_c, 4, tiles, max(1, triton.cdiv(rows, tiles * block_r)))
@@ -235,6 +236,11 @@ def launch(rows: int, channels: int, segments: int) -> Launch:
 
 def _rows(x: Tensor, segments: int) -> int:
     return x.shape[0] // segments * x.shape[2] * x.shape[3]
+
+
+def _plan(x: Tensor, segments: int) -> Launch:
+    # int: a tracer with symbolic shapes settles on these, and spends no minutes on algebra
+    return launch(int(_rows(x, segments)), int(x.shape[1]), segments, x.element_size())
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -254,33 +260,39 @@ def _bits_like(x: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
 
 
 def _chunks_like(x: Tensor, segments: int) -> Tensor:
-    plan = launch(_rows(x, segments), x.shape[1], segments)
-    return x.new_empty((2, segments, plan.chunks, x.shape[1]), dtype=torch.float32)
+    shape = (2, segments, _plan(x, segments).chunks, x.shape[1])
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _twin_of(y: Tensor) -> Tensor:
+    """Y's shape over one number's memory, or nothing where y is empty."""
+    return y.new_empty(1).expand(y.shape)
 
 
 def _run_forward(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float,
     segments: int, relu: bool, residual: Tensor | None, output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Y, the bits, and the moments of chunks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Y, its twin, the bits, and the moments of chunks."""
     rows, channels = _rows(x, segments), x.shape[1]
-    plan = launch(rows, channels, segments)
+    plan = _plan(x, segments)
     x = _channels_last(x)
     residual = None if residual is None else _channels_last(residual)
     y = _empty_like(x) if output else x.new_empty(0)
+    twin = _twin_of(y)
     bits = _bits_like(x, relu and output, residual)
     chunks = _chunks_like(x, segments)
     if x.numel() == 0:
-        return y, bits, chunks.fill_(float("nan"))
+        return y, twin, bits, chunks.fill_(float("nan"))
     blocks = triton.cdiv(channels, plan.block_c)
     with torch.cuda.device_of(x):
         _forward[(plan.chunks * blocks, segments)](
-            x, x if residual is None else residual, mean, var, weight, bias, y, bits, chunks[0],
-            chunks[1], rows, channels, blocks, plan.chunks, plan.tiles, eps,
+            x, x if residual is None else residual, mean, var, weight, bias, y, twin, bits,
+            *chunks, rows, channels, blocks, plan.chunks, plan.tiles, eps,
             RELU=relu, RESIDUAL=residual is not None, BITS=bits.numel() > 0, WRITE=output,
             BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, FOLD=plan.fold, num_warps=plan.warps,
         )  # fmt: skip
-    return y, bits, chunks
+    return y, twin, bits, chunks
 
 
 def _run_merge(chunks: Tensor, rows: int, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -305,7 +317,7 @@ def _run_backward(
     """Dx, and with `skip` dresidual. Mu and its gradients: (G, C), or chunks' (G, P, C)."""
     channels, segments = x.shape[1], mu.shape[0]
     rows = _rows(x, segments)
-    plan = launch(rows, channels, segments)
+    plan = _plan(x, segments)
     x = _channels_last(x)
     dx = _empty_like(x)
     dresidual = _empty_like(x) if skip else x.new_empty(0)
@@ -344,11 +356,10 @@ def _bn_prior(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float,
     segments: int, relu: bool, residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    y, bits, chunks = _run_forward(
+    y, _, bits, chunks = _run_forward(
         x, mean, var, weight, bias, eps, segments, relu, residual, output=True
     )
-    rows = _rows(x, segments)
-    mu, sigma2 = _run_merge(chunks, rows, launch(rows, x.shape[1], segments).chunk_rows)
+    mu, sigma2 = _run_merge(chunks, _rows(x, segments), _plan(x, segments).chunk_rows)
     return y, mu, sigma2, bits
 
 
@@ -363,14 +374,10 @@ def _bn_prior_chunks(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float,
     segments: int, relu: bool, residual: Tensor | None, twin: Tensor | None, output: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    y, bits, chunks = _run_forward(
+    y, twin_of_y, bits, chunks = _run_forward(
         x, mean, var, weight, bias, eps, segments, relu, residual, output
     )
-    return y, _twin_of(y), chunks, bits
-
-
-def _twin_of(y: Tensor) -> Tensor:
-    return y.new_empty(1).expand(y.shape)
+    return y, twin_of_y, chunks, bits
 
 
 @_bn_prior_chunks.register_fake
@@ -429,13 +436,15 @@ _bn_prior.register_autograd(_backward_bn_prior, setup_context=_setup_bn_prior)
 
 
 def _setup_bn_prior_chunks(ctx, inputs, output):
-    x, mean, var, weight, bias, ctx.eps, _, ctx.relu, _, _, _ = inputs
+    x, mean, var, weight, bias, ctx.eps, _, ctx.relu, _, _, ctx.output = inputs
     ctx.save_for_backward(x, output[3], mean, var, weight, bias, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward_bn_prior_chunks(ctx, dy, dtwin, dchunks, _):
     dmu, dsigma2 = (None, None) if dchunks is None else dchunks.unbind()
+    if not ctx.output:  # y is empty, and so is a gradient for it
+        dy = dtwin = None
     mu = ctx.saved_tensors[6][0]
     wanted = ctx.needs_input_grad[8:10]
     dx, dresidual = _gradients(ctx, dy, dtwin, dmu, dsigma2, mu, any(wanted))
@@ -521,8 +530,8 @@ def bn_prior_chunks(
     y, stand_in, moments, _ = _bn_prior_chunks(
         x, mean, var, weight, bias, eps, segments, relu, residual, twin, output
     )
-    rows = _rows(x, segments)
-    return y, stand_in, Chunks(moments, rows, launch(rows, x.shape[1], segments).chunk_rows)
+    chunks = Chunks(moments, _rows(x, segments), _plan(x, segments).chunk_rows)
+    return y, stand_in, chunks
 
 
 def _check(x: Tensor, *stored: Tensor) -> None:

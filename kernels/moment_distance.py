@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastrecycle_kernels.bn_prior import Chunks
+from torch import Tensor
 
 BLOCK_C = 16  # channels of a program
 BLOCK_P = 128  # chunks it reads at a time
@@ -135,9 +134,9 @@ def _spread(
     v = tl.load(sigma2 + task * width + start + c, mask=inside_c, other=0.0)
     v -= tl.load(var + start + c, mask=inside_c, other=0.0)
     norm = tl.load(norms + task * 2 * len(LAYERS) + index)
-    u *= tl.where(norm == 0, 0.0, flow / norm)
+    u *= flow / tl.where(norm == 0, 1.0, norm)  # a norm of 0: u is 0, and so its gradient
     norm = tl.load(norms + (task * 2 + 1) * len(LAYERS) + index)
-    v *= tl.where(norm == 0, 0.0, flow / norm)
+    v *= flow / tl.where(norm == 0, 1.0, norm)
     place += task * chunks * channels
     other = place + tasks * chunks * channels
     for begin in range(0, chunks, BLOCK_P):

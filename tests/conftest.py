@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any kernel is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(2)  # as many as the smallest machine of the checks has
 
 
