@@ -1,13 +1,13 @@
 """Host work: the C++ extension against NumPy and against the library's PyTorch, on the CPU.
 
-`python benchmarks/bench_host.py` prints one table; `pytest benchmarks/bench_host.py
---benchmark-only` times the same cases one by one. Every case is first checked for equality.
+`python benchmarks/bench_host.py` prints one table, which --record keeps under results;
+`pytest benchmarks/bench_host.py --benchmark-only` times the same cases one by one. Every case is
+first checked for equality.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from timing import record
 
 from fastrecycle.metatrain import keep_ladder
 from fastrecycle.ops import host
@@ -172,21 +173,25 @@ def main() -> None:
         sys.exit("bench_host: the extension is not built; see setup.py")
     torch.set_num_threads(1)  # more only slow down what is this small
     print(f"{CORES} cores, NumPy {np.__version__}, torch {torch.__version__} on one thread")
-    print("us: median [20 %, 80 %], best; how many times faster than the first, by medians\n")
+    print("us: median [20 %, 80 %]; how many times faster than the first\n")
+    rows = []
     for name, build in CASES.items():
         found = build()
         if not name.startswith("gather"):
             check(found)
-        times = measure_us(found)
-        base = statistics.median(next(iter(times.values())))
         print(name)
-        for variant, taken in times.items():
-            middle = statistics.median(taken)
-            low, high = np.percentile(taken, (20, 80))
-            print(
-                f"  {variant:16}{middle:10.0f} [{low:.0f}, {high:.0f}]".ljust(46),
-                f"{min(taken):10.0f}{base / middle:9.1f}x",
-            )
+        base = None
+        for variant, taken in measure_us(found).items():
+            middle, low, high = np.percentile(taken, (50, 20, 80)).tolist()
+            base = base or middle
+            times = f"{middle:10.0f} [{low:.0f}, {high:.0f}]"
+            print(f"  {variant:16}{times:30}{base / middle:7.1f}x")
+            rows.append({
+                "case": name, "variant": variant, "median_us": middle, "p20_us": low,
+                "p80_us": high, "speed_up": base / middle,
+            })  # fmt: skip
+    if "--record" in sys.argv:
+        record("host", rows)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
 
-_INTERFACE = 1  # of the compiled module; one left over from other sources is not used
+_INTERFACE = 2  # of the compiled module; one left over from other sources is not used
 
 
 def _load() -> ModuleType | None:
@@ -306,6 +306,8 @@ class TaskTables:
         wide: (V, 2) int64, first group and number of groups of the LoRAs with enough classes.
         holders: (G,) int64, the groups again, class after class: LoRAs may share classes.
         classes: (C + 1,) int64, starts of the classes within `holders`.
+        shown: (R,) int64, the rows again, class after class, group after group.
+        shown_starts: (C + 1,) int64, starts of the classes within `shown`.
 
     """
 
@@ -315,6 +317,8 @@ class TaskTables:
     wide: np.ndarray
     holders: np.ndarray
     classes: np.ndarray
+    shown: np.ndarray
+    shown_starts: np.ndarray
 
     @staticmethod
     def of_pool(tasks: Any, labels: Any, classes: Any, ways: int) -> TaskTables:
@@ -342,6 +346,7 @@ class TaskTables:
         # classes in the order in which their first groups come
         _, seen, which = np.unique(classes[first], return_index=True, return_inverse=True)
         place = seen.argsort().argsort()[which]
+        of_row = place.repeat(np.diff(groups))  # the class of each of `rows`
         return TaskTables(
             rows=rows,
             groups=groups,
@@ -349,6 +354,8 @@ class TaskTables:
             wide=np.stack((starts[enough], counts[enough]), axis=1),
             holders=place.argsort(kind="stable"),
             classes=np.concatenate(([0], np.bincount(place).cumsum())),
+            shown=rows[of_row.argsort(kind="stable")],
+            shown_starts=np.concatenate(([0], np.bincount(of_row).cumsum())),
         )
 
 
@@ -362,6 +369,7 @@ def draw_steps(
     first: int,
     steps: int,
     *,
+    holders: Literal["one", "all"] = "one",
     threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the tasks of meta-training steps [first, first + steps): of one LoRA, or across LoRAs.
@@ -378,6 +386,8 @@ def draw_steps(
         interpolation: share of tasks whose classes come from all LoRAs (LoRA Recycle, Eq. 4).
         seed: in [0, 2**64).
         first, steps: S steps from step `first` on.
+        holders: whether the images of a class of such a task come from one LoRA that shows it,
+            drawn anew for each task, or from all.
         threads: see above.
 
     Returns:
@@ -404,22 +414,26 @@ def draw_steps(
         raise ValueError(
             f"draw_steps: ways must be at most the {len(tables.classes) - 1} classes, got {ways}"
         )
+    if holders not in ("one", "all"):
+        raise ValueError(f'draw_steps: holders must be "one" or "all", got {holders!r}')
     widest = tables.wide[:, 1].min(initial=np.iinfo(np.int64).max)
     if interpolation < 1 and (len(tables.wide) == 0 or widest < ways):
         raise ValueError(f"draw_steps: tables must be made for {ways} ways, with a LoRA that wide")
     threads = _threads(threads)
+    arguments = (tables, ways, need, tasks, interpolation, holders == "all", seed, first, steps)
     if HAVE_EXTENSION and _generator_is_known():
-        return _draw_compiled(tables, ways, need, tasks, interpolation, seed, first, steps, threads)
-    return _draw_steps(tables, ways, need, tasks, interpolation, seed, first, steps)
+        return _draw_compiled(*arguments, threads)
+    return _draw_steps(*arguments)
 
 
 def _draw_compiled(
-    tables: TaskTables, ways: int, need: int, tasks: int, interpolation: float,
+    tables: TaskTables, ways: int, need: int, tasks: int, interpolation: float, from_all: bool,
     seed: int, first: int, steps: int, threads: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     return _host.draw_steps(
         tables.rows, tables.groups, tables.labels, tables.wide, tables.classes, tables.holders,
-        ways, need, tasks, interpolation, seed, first, steps, threads,
+        tables.shown, tables.shown_starts, ways, need, tasks, interpolation, from_all, seed, first,
+        steps, threads,
     )  # fmt: skip
 
 
@@ -430,7 +444,7 @@ def _generator_is_known() -> bool:
     few = TaskTables.of_pool(column.repeat(9) // 3, column.repeat(9) % 3, column.repeat(9), 3)
     many = TaskTables.of_pool(*(np.zeros(10100, np.int64),) * 3, 1)  # choice's second method
     for tables, ways, need in ((few, 3, 7), (many, 1, 210)):
-        arguments = (tables, ways, need, 2, 0.5, 2**63 + 5, 3, 8)
+        arguments = (tables, ways, need, 2, 0.5, False, 2**63 + 5, 3, 8)
         ours, numpys = _draw_compiled(*arguments, 1), _draw_steps(*arguments)
         if not all(np.array_equal(x, y) for x, y in zip(ours, numpys, strict=True)):
             log.warning("NumPy %s draws otherwise than before: drawing with it", np.__version__)
@@ -439,7 +453,7 @@ def _generator_is_known() -> bool:
 
 
 def _draw_steps(
-    tables: TaskTables, ways: int, need: int, tasks: int, interpolation: float,
+    tables: TaskTables, ways: int, need: int, tasks: int, interpolation: float, from_all: bool,
     seed: int, first: int, steps: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     rows = np.empty((steps, tasks, ways, need), np.int64)
@@ -448,20 +462,27 @@ def _draw_steps(
     for step in range(steps):
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, first + step], np.uint64)))
         for task in range(tasks):
+            sources = []  # the rows to choose from, for each way
             if rng.random() < interpolation:
-                chosen = rng.choice(class_count, ways, replace=False)
-                sources = []
-                for c in chosen:
+                for c in rng.choice(class_count, ways, replace=False):
                     start, end = tables.classes[c : c + 2]
-                    sources.append(tables.holders[start + rng.integers(end - start)])
+                    one = tables.holders[start + rng.integers(end - start)]
+                    sources.append(
+                        _cut(tables.shown, tables.shown_starts, c) if from_all
+                        else _cut(tables.rows, tables.groups, one)
+                    )  # fmt: skip
             else:
                 start, count = tables.wide[rng.integers(len(tables.wide))]
-                sources = start + rng.choice(count, ways, replace=False)
-                labels[step, task] = tables.labels[sources]
-            for way, group in enumerate(sources):
-                own = tables.rows[tables.groups[group] : tables.groups[group + 1]]
+                chosen = start + rng.choice(count, ways, replace=False)
+                labels[step, task] = tables.labels[chosen]
+                sources = [_cut(tables.rows, tables.groups, group) for group in chosen]
+            for way, own in enumerate(sources):
                 rows[step, task, way] = rng.choice(own, need, replace=False)
     return rows, labels
+
+
+def _cut(rows: np.ndarray, starts: np.ndarray, i: int) -> np.ndarray:
+    return rows[starts[i] : starts[i + 1]]
 
 
 # ------------------------------------------------------------------ selection

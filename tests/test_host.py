@@ -1,5 +1,6 @@
 """Host work in C++ and in Python: both against the library's own code, to the last bit."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -361,17 +362,21 @@ def drawn(source, config, seed, first, steps, **options):
     tables = host.TaskTables.of_pool(source.tasks, source.labels, source.classes, config.ways)
     return host.draw_steps(
         tables, config.ways, config.shots + config.queries, config.tasks, config.interpolation,
-        seed, first, steps, **options,
+        seed, first, steps, holders=config.holders, **options,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**62])
-@pytest.mark.parametrize("interpolation", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("interpolation", "holders"), [(0.0, "one"), (0.5, "one"), (1.0, "one"), (0.7, "all")]
+)
 @pytest.mark.parametrize(("ways", "tasks"), [(2, 1), (3, 2), (5, 1)])
 @pytest.mark.usefixtures("code")
-def test_draw_steps_matches_episode_sampler(ways, tasks, interpolation, seed):
+def test_draw_steps_matches_episode_sampler(ways, tasks, interpolation, holders, seed):
     source = pool()
-    config = MetaConfig(ways=ways, tasks=tasks, shots=2, queries=9, interpolation=interpolation)
+    config = MetaConfig(
+        ways=ways, tasks=tasks, shots=2, queries=9, interpolation=interpolation, holders=holders
+    )
     sampler = EpisodeSampler(source, config, seed)
     rows, labels = drawn(source, config, seed, first=70, steps=20)
     for i in range(20):
@@ -474,6 +479,8 @@ WRONG = [
      r"members\[1\]: expected \(n,\) int64, got \(3,\) float64"),
     (lambda: host.draw_steps(tables(), 2, 100, 1, 0.5, 0, 0, 1),
      "need must be at most the 12 images of the smallest class, got 100"),
+    (lambda: host.draw_steps(tables(), 2, 1, 1, 0.5, 0, 0, 1, holders="some"),
+     'holders must be "one" or "all", got \'some\''),
     (lambda: host.draw_steps(tables(), 100, 1, 1, 0.5, 0, 0, 1), "ways must be at most the"),
     (lambda: host.draw_steps(tables(6), 6, 1, 1, 0.5, 0, 0, 1), "tables must be made for 6 ways"),
     (lambda: host.draw_steps(tables(2), 5, 1, 1, 0.5, 0, 0, 1), "tables must be made for 5 ways"),
@@ -506,15 +513,15 @@ def test_plan_packed_names_the_first_bad_image(threads):
 @needs_extension
 def test_extension_refuses_tables_that_point_outside():
     good = tables()
-    columns = {x: getattr(good, x) for x in ("rows", "groups", "labels", "wide", "holders",
-                                             "classes")}  # fmt: skip
+    columns = {field.name: getattr(good, field.name) for field in dataclasses.fields(good)}
     for name, value in (
         ("groups", good.groups + 1), ("labels", good.labels[1:]), ("wide", good.wide + 100),
         ("holders", good.holders + 1), ("classes", good.classes[::-1].copy()),
+        ("shown", good.shown[1:]), ("shown_starts", good.shown_starts[:-1]),
     ):  # fmt: skip
         bad = host.TaskTables(**columns | {name: value})
         with pytest.raises(ValueError, match="_host: "):
-            host._draw_compiled(bad, 2, 1, 1, 0.5, 0, 0, 1, 1)
+            host._draw_compiled(bad, 2, 1, 1, 0.5, False, 0, 0, 1, 1)
 
 
 @needs_extension

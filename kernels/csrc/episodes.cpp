@@ -134,12 +134,19 @@ class Choice {
 }  // namespace
 
 void draw_steps(const Tables& tables, std::int64_t ways, std::int64_t need, std::int64_t tasks,
-                double interpolation, std::uint64_t seed, std::uint64_t first, std::int64_t steps,
-                std::int64_t* rows, std::int64_t* labels, int threads) {
+                double interpolation, bool from_all, std::uint64_t seed, std::uint64_t first,
+                std::int64_t steps, std::int64_t* rows, std::int64_t* labels, int threads) {
   const double step_ns = 10.0 * static_cast<double>(tasks * ways * (need + 1));
   parallel(steps, step_ns, threads, [&](std::int64_t begin, std::int64_t end) {
     Choice choose_classes, choose_rows;
-    std::vector<std::int64_t> sources(static_cast<std::size_t>(ways));
+    struct Source {
+      const std::int64_t* rows;
+      std::int64_t count;
+    };
+    std::vector<Source> sources(static_cast<std::size_t>(ways));
+    auto cut = [](const std::int64_t* rows, const std::int64_t* starts, std::int64_t i) {
+      return Source{rows + starts[i], starts[i + 1] - starts[i]};
+    };
     for (std::int64_t step = begin; step < end; ++step) {
       Philox random(seed, first + static_cast<std::uint64_t>(step));
       for (std::int64_t task = 0; task < tasks; ++task) {
@@ -150,7 +157,9 @@ void draw_steps(const Tables& tables, std::int64_t ways, std::int64_t need, std:
           for (std::size_t way = 0; way < sources.size(); ++way) {
             const std::int64_t* of_class = tables.classes + chosen[way];
             const auto last = static_cast<std::uint32_t>(of_class[1] - of_class[0] - 1);
-            sources[way] = tables.holders[of_class[0] + random.bounded(last)];
+            const std::int64_t one = tables.holders[of_class[0] + random.bounded(last)];
+            sources[way] = from_all ? cut(tables.shown, tables.shown_starts, chosen[way])
+                                    : cut(tables.rows, tables.groups, one);
             own_labels[way] = -1;
           }
         } else {
@@ -159,14 +168,14 @@ void draw_steps(const Tables& tables, std::int64_t ways, std::int64_t need, std:
           const std::int64_t* lora = tables.wide + 2 * std::int64_t{which};
           const auto& chosen = choose_classes(random, lora[1], ways);
           for (std::size_t way = 0; way < sources.size(); ++way) {
-            sources[way] = lora[0] + chosen[way];
-            own_labels[way] = tables.labels[sources[way]];
+            const std::int64_t group = lora[0] + chosen[way];
+            sources[way] = cut(tables.rows, tables.groups, group);
+            own_labels[way] = tables.labels[group];
           }
         }
-        for (const std::int64_t group : sources) {
-          const std::int64_t* start = tables.groups + group;
-          for (const std::int64_t i : choose_rows(random, start[1] - start[0], need)) {
-            *own_rows++ = tables.rows[start[0] + i];
+        for (const Source& source : sources) {
+          for (const std::int64_t i : choose_rows(random, source.count, need)) {
+            *own_rows++ = source.rows[i];
           }
         }
       }

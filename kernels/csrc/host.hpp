@@ -47,12 +47,15 @@ struct Tables {  // see fastrecycle_kernels.host.TaskTables
   const std::int64_t* classes;
   std::int64_t class_count;
   const std::int64_t* holders;
+  const std::int64_t* shown;
+  const std::int64_t* shown_starts;
 };
 
 // steps [first, first + steps) -> rows (steps, tasks, ways, need), labels (steps, tasks, ways).
+// from_all: images of an interpolated class come from all LoRAs that show it, not from one.
 void draw_steps(const Tables& tables, std::int64_t ways, std::int64_t need, std::int64_t tasks,
-                double interpolation, std::uint64_t seed, std::uint64_t first, std::int64_t steps,
-                std::int64_t* rows, std::int64_t* labels, int threads);
+                double interpolation, bool from_all, std::uint64_t seed, std::uint64_t first,
+                std::int64_t steps, std::int64_t* rows, std::int64_t* labels, int threads);
 
 // ------------------------------------------------------------------ selection (select.cpp)
 

@@ -18,7 +18,7 @@ using Array = py::array_t<T, py::array::c_style>;
 using Int64 = Array<std::int64_t>;
 using Mask = Array<std::uint8_t>;
 
-constexpr int interface_version = 1;  // host.py asks for this one
+constexpr int interface_version = 2;  // host.py asks for this one
 
 void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("_host: ") + what);
@@ -78,8 +78,9 @@ py::tuple plan_orders(const Int64& order, const Int64& counts, std::int64_t patc
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(images * patches), 0);
   std::vector<std::int64_t> starts(static_cast<std::size_t>(images) + 1, 0);
   for (std::int64_t i = 0; i < images; ++i) {
+    const auto at = static_cast<std::size_t>(i);
     expect(kept[i] >= 0 && kept[i] <= width, "counts must be in [0, K]");
-    starts[static_cast<std::size_t>(i) + 1] = starts[static_cast<std::size_t>(i)] + prefix + kept[i];
+    starts[at + 1] = starts[at] + prefix + kept[i];
   }
   {
     const py::gil_scoped_release release;
@@ -112,9 +113,9 @@ py::tuple draw_episodes(const Int64& names, const Int64& starts, const Int64& me
 
 py::tuple draw_steps(const Int64& rows, const Int64& groups, const Int64& labels,
                      const Int64& wide, const Int64& classes, const Int64& holders,
-                     std::int64_t ways, std::int64_t need, std::int64_t tasks,
-                     double interpolation, std::uint64_t seed, std::uint64_t first,
-                     std::int64_t steps, int threads) {
+                     const Int64& shown, const Int64& shown_starts, std::int64_t ways,
+                     std::int64_t need, std::int64_t tasks, double interpolation, bool from_all,
+                     std::uint64_t seed, std::uint64_t first, std::int64_t steps, int threads) {
   expect(ways >= 1 && need >= 0 && tasks >= 0 && steps >= 0, "counts must be positive");
   expect_offsets(groups, rows.size());
   const std::int64_t group_count = groups.size() - 1;
@@ -132,8 +133,13 @@ py::tuple draw_steps(const Int64& rows, const Int64& groups, const Int64& labels
   }
   expect_offsets(classes, holders.size());
   const std::int64_t class_count = classes.size() - 1;
+  expect_offsets(shown_starts, shown.size());
+  expect(shown_starts.size() == classes.size(), "shown_starts must be (classes + 1,)");
   for (std::int64_t i = 0; i < class_count; ++i) {
     expect(classes.data()[i] < classes.data()[i + 1], "a class has no group");
+    const std::int64_t size = shown_starts.data()[i + 1] - shown_starts.data()[i];
+    expect(size >= need && size <= std::numeric_limits<std::int32_t>::max(),
+           "a class has fewer rows than a task takes");
   }
   for (std::int64_t i = 0; i < holders.size(); ++i) {
     expect(holders.data()[i] >= 0 && holders.data()[i] < group_count, "no such group");
@@ -141,13 +147,15 @@ py::tuple draw_steps(const Int64& rows, const Int64& groups, const Int64& labels
   expect(interpolation <= 0 || class_count >= ways, "fewer classes than ways");
   expect(interpolation >= 1 || wide.shape(0) >= 1, "no LoRA with as many classes as ways");
   Int64 drawn({steps, tasks, ways, need}), columns({steps, tasks, ways});
-  const fastrecycle::Tables tables{rows.data(),    groups.data(), labels.data(),  wide.data(),
-                                   wide.shape(0),  classes.data(), class_count,   holders.data()};
+  const fastrecycle::Tables tables{rows.data(),    groups.data(),  labels.data(),
+                                   wide.data(),    wide.shape(0),  classes.data(),
+                                   class_count,    holders.data(), shown.data(),
+                                   shown_starts.data()};
   std::int64_t *d = drawn.mutable_data(), *c = columns.mutable_data();
   {
     const py::gil_scoped_release release;
-    fastrecycle::draw_steps(tables, ways, need, tasks, interpolation, seed, first, steps, d, c,
-                            threads);
+    fastrecycle::draw_steps(tables, ways, need, tasks, interpolation, from_all, seed, first, steps,
+                            d, c, threads);
   }
   return py::make_tuple(drawn, columns);
 }
@@ -180,7 +188,9 @@ PYBIND11_MODULE(_host, module, py::mod_gil_not_used()) {
              arg("seed"), arg("threads"));
   module.def("draw_steps", &draw_steps, arg("rows").noconvert(), arg("groups").noconvert(),
              arg("labels").noconvert(), arg("wide").noconvert(), arg("classes").noconvert(),
-             arg("holders").noconvert(), arg("ways"), arg("need"), arg("tasks"),
-             arg("interpolation"), arg("seed"), arg("first"), arg("steps"), arg("threads"));
+             arg("holders").noconvert(), arg("shown").noconvert(),
+             arg("shown_starts").noconvert(), arg("ways"), arg("need"), arg("tasks"),
+             arg("interpolation"), arg("from_all"), arg("seed"), arg("first"), arg("steps"),
+             arg("threads"));
   module.def("top_k", &top_k, arg("scores").noconvert(), arg("k"), arg("threads"));
 }

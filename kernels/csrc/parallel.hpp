@@ -13,8 +13,8 @@
 
 namespace fastrecycle {
 
-// A thread with less to do than this does not pay. Starting and joining one takes some 20 us where a
-// core is free; where none is, its share waits for a time slice of several ms.
+// A thread with less to do than this does not pay. Starting and joining one takes some 20 us where
+// a core is free; where none is, its share waits for a time slice of several ms.
 constexpr double worth_a_thread_ns = 1e6;
 
 // Calls work(begin, end) on pieces of [0, count), on the caller's thread and at most threads - 1
