@@ -29,7 +29,7 @@ import torch
 
 from fastrecycle import LoRA, LoRABank, MetaConfig, PretuneConfig, SyntheticPool, ViT, evaluate
 from fastrecycle.config import InversionConfig
-from fastrecycle.eval import Pixels, decode
+from fastrecycle.eval import Pixels, decode, evaluate_shots
 from fastrecycle.files import atomic_write
 from fastrecycle.inversion import invert
 from fastrecycle.metatrain import meta_train
@@ -300,7 +300,7 @@ def score(
     loras: tuple[str, ...] = (),
     bank: str = "bank",
     cross: tuple[str, ...] = ("isic", "omniglot"),
-    split: str = "test",
+    split: Literal["val", "test"] = "test",
 ) -> None:
     """Score plain nearest centres, averaged LoRAs and the named meta-LoRAs on test tasks."""
     vit = common.vit()
@@ -310,25 +310,30 @@ def score(
             sets[name] = decode(vit, name, "test", common.data_root).to(common.device)
     rows: dict[str, LoRA | None] = {"nn": None}
     if (common.work / bank).exists():
-        rows["average"] = LoRA.average(LoRABank.load(common.work / bank))
+        loras_of_bank = LoRABank.load(common.work / bank)
+        rows["average_factors"] = LoRA.average(loras_of_bank, of="factors")
+        rows["average_products"] = LoRA.average(loras_of_bank)
     for name in loras:
         rows[name] = LoRA.load(common.work / "meta" / name)
     table = {}
     for set_name, data in sets.items():
-        for shots in (1, 5):
-            plain = evaluate(vit, None, data, shots=shots)
-            for name, lora in rows.items():
-                result = plain if lora is None else evaluate(vit, lora, data, shots=shots)
-                gain = result.minus(plain)
+        results = {}
+        for name, lora in rows.items():
+            results[name] = evaluate_shots(vit, lora, data, shots=(1, 5))
+            for shots, result in results[name].items():
+                over = {
+                    f"over_{other}": result.minus(results[other][shots])
+                    for other in ("nn", "average_factors", "average_products")
+                    if other in results and other != name
+                }
                 table[f"{set_name}/{shots}/{name}"] = {
                     "accuracy": result.accuracy,
                     "ci95": result.ci95,
-                    "over_nn": gain.accuracy,
-                    "over_nn_ci95": 0.0 if lora is None else gain.ci95,
+                    **{k: [v.accuracy, v.ci95] for k, v in over.items()},
                     "per_task": result.per_task.tolist(),
                 }
-                say("test", set=set_name, shots=shots, lora=name, result=str(result),
-                    over_nn=str(gain))  # fmt: skip
+                say("score", set=set_name, split=split, shots=shots, lora=name, result=str(result),
+                    **{k: str(v) for k, v in over.items()})  # fmt: skip
     atomic_write(common.work / f"results-{split}.json", json.dumps(table))
 
 

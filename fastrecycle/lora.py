@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,27 @@ def _depth_message(got: int, depth: int) -> str:
         else "it belongs to another model"
     )
     return f"made for {got} blocks, the backbone has {depth}; {remedy}"
+
+
+def _average_factors(loras: Sequence[LoRA]) -> LoRA:
+    """Mean a and mean scale b, so that one LoRA averages to itself."""
+    first = loras[0]
+    for other in loras[1:]:
+        if other.ranks != first.ranks:
+            raise ValueError(
+                "average: averaging factors needs LoRAs of one rank on the same targets, got ranks"
+                f" {first.ranks} and {other.ranks}; average the products"
+            )
+    a, b, scale = {}, {}, {}
+    for target in first.a:
+        a[target] = torch.stack([x.a[target] for x in loras]).mean(0)
+        scaled = [x.b[target] * x.scale[target][:, None, None] for x in loras]
+        b[target] = torch.stack(scaled).mean(0)
+        scale[target] = torch.ones_like(first.scale[target])
+    return LoRA(
+        a, b, scale, dict(first.ranks), layout=first.layout, base_model=first.base_model,
+        prefix=first.prefix,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -405,17 +426,25 @@ class LoRA:
         return read_peft(Path(path))
 
     @staticmethod
-    def average(loras: Sequence[LoRA]) -> LoRA:
-        """The LoRA whose change is the mean of the given ones' changes ("LoRAs Avg").
+    def average(loras: Sequence[LoRA], *, of: Literal["products", "factors"] = "products") -> LoRA:
+        """The average of LoRAs.
 
-        Ranks and targets may differ: factors are concatenated along the rank, which averages the
-        products scale b a exactly, where averaging a and b would not.
+        Args:
+            loras: of one model.
+            of: "products": the LoRA whose change is the mean of the given ones' changes scale b a.
+                Ranks and targets may differ: factors are concatenated along the rank. "factors":
+                mean a and mean b, as weighted sums of LoRAs are usually taken (LoRAHub, and the
+                baseline "LoRAs Avg"). Its product is another, mostly a much smaller change: LoRAs
+                that started from different random a share no basis, so their means cancel.
 
         Raises:
-            ValueError: none are given, or they belong to different models.
+            ValueError: none are given, they belong to different models, or the factors' shapes
+                differ.
 
         """
         LoRAStack.of(loras)  # raises unless they belong together
+        if of == "factors":
+            return _average_factors(loras)
         a, b, scale, ranks = {}, {}, {}, {}
         for target in (t for t in TARGETS if any(t in x.a for x in loras)):
             having = [x for x in loras if target in x.a]

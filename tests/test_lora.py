@@ -177,6 +177,19 @@ def test_average_of_mixed_ranks_averages_the_changes():
     assert LoRA.average([mean, mean]).parameters == 2 * mean.parameters - 2 * 2 * 12
 
 
+def test_average_of_factors_is_the_mean_of_a_and_of_scaled_b():
+    loras = [random_lora(ranks_of(2), seed=i) for i in range(3)]
+    mean = LoRA.average(loras, of="factors")
+    for target in mean.a:
+        a = sum(x.a[target] for x in loras) / 3
+        b = sum(x.b[target] * x.scale[target][:, None, None] for x in loras) / 3
+        torch.testing.assert_close(mean.delta(target), b @ a)
+        same = LoRA.average([loras[0]] * 2, of="factors").delta(target)
+        torch.testing.assert_close(same, loras[0].delta(target))
+    with pytest.raises(ValueError, match="needs LoRAs of one rank"):
+        LoRA.average([loras[0], random_lora(ranks_of(3), seed=5)], of="factors")
+
+
 def test_average_of_many_stays_no_larger_than_the_weights():
     loras = [random_lora({"q": (2, 2, 2), "fc1": (2, 0, 2)}, seed=i) for i in range(9)]
     mean = LoRA.average(loras)
