@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -22,8 +21,6 @@ import pytest
 import torch
 from timing import Timing, copies, copy_bandwidth, device, measure, on_gpu, record, sets_for, table
 
-if not on_gpu():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 # the launch is the kernels' own business, which fastrecycle.ops does not show
 kernels = importlib.import_module("fastrecycle_kernels.bn_prior")

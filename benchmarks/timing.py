@@ -31,6 +31,9 @@ Variant = Call | Sequence[Call]
 FLUSH_BYTES = 256 * 2**20  # some five times the L2 cache of an H100
 RESULTS = Path(__file__).parent / "results"
 
+if not torch.cuda.is_available():  # import this module before any kernel
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @dataclass(frozen=True)
 class Timing:
