@@ -203,8 +203,9 @@ def _group(images: int, heads: int) -> int:
 
 @torch.library.custom_op("fastrecycle::cls_scores", mutates_args=())
 def _cls_scores(q_cls: Tensor, k: Tensor, group: int) -> Tensor:
-    scores, _ = _launch_scores(q_cls, k, None, k.shape[2], group)
-    return scores[:, 0] if scores.shape[1] == 1 else _launch_add(scores, True)[0]
+    with torch.cuda.device_of(k):
+        scores, _ = _launch_scores(q_cls, k, None, k.shape[2], group)
+        return scores[:, 0] if scores.shape[1] == 1 else _launch_add(scores, True)[0]
 
 
 @_cls_scores.register_fake
@@ -216,7 +217,8 @@ def _(q_cls, k, group):
 def _cls_scores_packed(
     q_cls: Tensor, k: Tensor, cu_seqlens: Tensor, longest: int, group: int
 ) -> Tensor:
-    scores, _ = _launch_scores(q_cls, k, cu_seqlens, longest, group)
+    with torch.cuda.device_of(k):
+        scores, _ = _launch_scores(q_cls, k, cu_seqlens, longest, group)
     return scores[0] if len(scores) == 1 else scores.sum(0)
 
 
@@ -229,11 +231,13 @@ def _(q_cls, k, cu_seqlens, longest, group):
 def _cls_top_patches(
     q_cls: Tensor, k: Tensor, count: int, prefix: int, group: int
 ) -> tuple[Tensor, Tensor]:
-    if group >= q_cls.shape[1]:
-        scores, kept = _launch_scores(q_cls, k, None, k.shape[2], group, (count, prefix))
-        return scores.squeeze(1), kept
-    scores, _ = _launch_scores(q_cls, k, None, k.shape[2], group)
-    return _launch_add(scores, True, (count, prefix))
+    top = (count, prefix)
+    with torch.cuda.device_of(k):
+        if group >= q_cls.shape[1]:
+            scores, kept = _launch_scores(q_cls, k, None, k.shape[2], group, top)
+            return scores.squeeze(1), kept
+        scores, _ = _launch_scores(q_cls, k, None, k.shape[2], group)
+        return _launch_add(scores, True, top)
 
 
 @_cls_top_patches.register_fake
@@ -244,7 +248,8 @@ def _(q_cls, k, count, prefix, group):
 
 @torch.library.custom_op("fastrecycle::top_patches", mutates_args=())
 def _top_patches(scores: Tensor, count: int) -> Tensor:
-    return _launch_add(scores[:, None], False, (count, 0))[1]
+    with torch.cuda.device_of(scores):
+        return _launch_add(scores[:, None], False, (count, 0))[1]
 
 
 @_top_patches.register_fake

@@ -448,6 +448,16 @@ PART_COLUMNS, PART_ROWS, PART_PROGRAMS = 128, 64, 256
 SINGLE_ROWS = 256  # rows that stand for an image in sums over the tokens of one LoRA
 
 
+def _dense(x: Tensor, width: int) -> Tensor:
+    """Rows of this width as the tensor copy engine reads them: contiguous, from 16 bytes on."""
+    rows = x.reshape(-1, width).contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 @dataclass(frozen=True)
 class _Factors:
     """LoRAs as the kernels take them: tuples over slots."""
@@ -713,15 +723,24 @@ def _lora_qkv(
     """Returns y (B, N, 3 D); x a^T (COUNT, T, RANK), or W + s b a: the other one is empty."""
     images, tokens, width = x.shape
     factors = _factors(a, b, scale, positions)
-    weight = weight.contiguous()
     if method == "merge":
-        merged = launch_merge(weight, factors)
+        with torch.cuda.device_of(x):
+            merged = launch_merge(weight.contiguous(), factors)
         return torch.nn.functional.linear(x, merged, bias), _empty(x), merged
-    flat = x.contiguous().view(-1, width)
+    flat = _dense(x, width)
     if len(flat) == 0:
         low = x.new_empty((factors.count, 0, factors.padded))
         return x.new_empty((images, tokens, 3 * width)), low, _empty(weight)
-    y, low = launch_forward(flat, weight, bias, factors, index, tokens, method == "loop")
+    with torch.cuda.device_of(x):
+        y, low = launch_forward(
+            flat,
+            _dense(weight, width),
+            _whole(bias),
+            factors,
+            _whole(index),
+            tokens,
+            method == "loop",
+        )
     return y.view(images, tokens, 3 * width), low, _empty(weight)
 
 
@@ -729,7 +748,7 @@ def _lora_qkv(
 def _(x, weight, bias, a, b, scale, index, positions, method):
     y = x.new_empty((*x.shape[:2], weight.shape[0]))
     if method == "merge":
-        return y, _empty(x), torch.empty_like(weight)
+        return y, _empty(x), weight.new_empty(weight.shape)
     low = x.new_empty((len(a), x.shape[0] * x.shape[1], _padded_rank(a)))
     return y, low, _empty(weight)
 
@@ -749,11 +768,14 @@ def _lora_qkv_input_grad(
     images, tokens, _ = dy.shape
     width = weight.shape[1]
     factors = _factors(a, b, scale, positions)
-    flat = dy.contiguous().view(-1, 3 * width)
+    flat = _dense(dy, 3 * width)
     if len(flat) == 0:
         low = dy.new_empty((factors.count, 0, factors.padded))
         return dy.new_empty((images, tokens, width)), low
-    dx, low = launch_input_grad(flat, weight.contiguous(), factors, index, tokens, loop)
+    with torch.cuda.device_of(dy):
+        dx, low = launch_input_grad(
+            flat, _dense(weight, width), factors, _whole(index), tokens, loop
+        )
     return dx.view(images, tokens, width), low
 
 
@@ -775,10 +797,11 @@ def _lora_qkv_project(
 ) -> Tensor:
     """From x (B, N, D) x a^T, or from dy (B, N, 3 D) s dy b: (COUNT, T, RANK)."""
     factors = _factors(a, b, scale, positions)
-    flat = x.contiguous().view(-1, x.shape[2])
+    flat = _dense(x, x.shape[2])
     if len(flat) == 0:
         return x.new_empty((factors.count, 0, factors.padded))
-    return launch_project(flat, factors, index, x.shape[1], up)
+    with torch.cuda.device_of(x):
+        return launch_project(flat, factors, _whole(index), x.shape[1], up)
 
 
 @_lora_qkv_project.register_fake
@@ -800,10 +823,11 @@ def _lora_qkv_factor_grad(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both gradients of each slot."""
     factors = _factors(a, b, scale, positions)
-    return launch_factor_grad(
-        dy.contiguous().view(-1, dy.shape[2]), x.contiguous().view(-1, x.shape[2]),
-        low_x, low_dy, factors, index, x.shape[1],
-    )  # fmt: skip
+    dy_rows, x_rows = _dense(dy, dy.shape[2]), _dense(x, x.shape[2])
+    with torch.cuda.device_of(x):
+        return launch_factor_grad(
+            dy_rows, x_rows, low_x, low_dy, factors, _whole(index), x.shape[1]
+        )
 
 
 @_lora_qkv_factor_grad.register_fake
@@ -848,7 +872,26 @@ def _backward(ctx, dy, _low, _merged):
 _lora_qkv.register_autograd(_backward, setup_context=_save)
 
 
-# ------------------------------------------------------------------ the function
+# ------------------------------------------------------------------ the functions
+
+
+def merged_weight(weight: Tensor, lora: dict[str, LowRank]) -> Tensor:
+    """W + s b a, for one LoRA that stays as it is: merged once, each step is a plain product.
+
+    Args:
+        weight: (3 D, D).
+        lora: as of `lora_qkv`, G = 1; no gradient reaches it.
+
+    Returns:
+        (3 D, D) in the weight's dtype, rounded once.
+
+    """
+    positions = [p for p, target in enumerate(POSITIONS) if target in lora]
+    if not positions:
+        return weight
+    a, b, scale = ([lora[POSITIONS[p]][i].detach() for p in positions] for i in range(3))
+    with torch.no_grad(), torch.cuda.device_of(weight):
+        return launch_merge(weight.contiguous(), _factors(a, b, scale, positions))
 
 
 def lora_qkv(
@@ -869,7 +912,7 @@ def lora_qkv(
         x: (B, N, D).
         weight: (3 D, D), frozen; bias (3 D,), frozen, or None.
         lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}, R at most 64.
-        index: (B,) int64, the LoRA of each image; None when G = 1.
+        index: (B,) int64, the LoRA of each image, not checked to be in [0, G); None when G = 1.
         method: see above; None: "merge" for one LoRA, "pass" for many.
 
     Raises:

@@ -213,7 +213,8 @@ def _launch_scatter(dy: Tensor, index: Tensor, dx: Tensor, patch: int) -> Tensor
 
 @torch.library.custom_op("fastrecycle::token_gather", mutates_args=())
 def _token_gather(x: Tensor, index: Tensor) -> Tensor:
-    return _launch_gather(x, index, 0, x.dtype)
+    with torch.cuda.device_of(x):
+        return _launch_gather(x, index, 0, x.dtype)
 
 
 @_token_gather.register_fake
@@ -224,7 +225,8 @@ def _(x, index):
 @torch.library.custom_op("fastrecycle::token_scatter", mutates_args=())
 def _token_scatter(dy: Tensor, index: Tensor, images: int, tokens: int) -> Tensor:
     dx = dy.new_empty((images, tokens, dy.shape[-1]))
-    return _launch_scatter(dy, index, dx, 0)
+    with torch.cuda.device_of(dy):
+        return _launch_scatter(dy, index, dx, 0)
 
 
 @_token_scatter.register_fake
@@ -254,7 +256,8 @@ _token_scatter.register_autograd(_scatter_backward, setup_context=_save_index)
 
 @torch.library.custom_op("fastrecycle::gather_patches", mutates_args=())
 def _gather_patches(images: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    return _launch_gather(images, index, patch, dtype)
+    with torch.cuda.device_of(images):
+        return _launch_gather(images, index, patch, dtype)
 
 
 @_gather_patches.register_fake
@@ -266,7 +269,8 @@ def _(images, index, patch, dtype):
 def _scatter_patches(
     dy: Tensor, index: Tensor, patch: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    return _launch_scatter(dy, index, dy.new_empty(shape, dtype=dtype), patch)
+    with torch.cuda.device_of(dy):
+        return _launch_scatter(dy, index, dy.new_empty(shape, dtype=dtype), patch)
 
 
 @_scatter_patches.register_fake

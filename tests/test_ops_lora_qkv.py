@@ -211,10 +211,33 @@ def test_lora_qkv_takes_any_memory(method):
     assert error(got, exact) <= F32
 
 
+def test_lora_qkv_of_many_loras_takes_any_memory():
+    x, weight, bias, lora = inputs(3, 5, 16, {"q": 4, "v": 2}, g=3)
+    stacked = {}  # (G, L, R, D), as a bank stands in memory: a block's LoRAs are not contiguous
+    for target, factors in lora.items():
+        stacked[target] = tuple(torch.stack((v, v), 1)[:, 1] for v in factors)
+    index = torch.tensor([2, 9, 0, 9, 1], device=DEVICE)[::2]
+    spread = torch.stack((bias, bias), 1)[:, 0]
+    shifted = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(weight.shape)
+    assert_matches("pass", (x, shifted, spread, stacked), index)
+
+
 def test_lora_qkv_without_loras_is_the_plain_product():
     x, weight, bias, _ = inputs(2, 5, 16, {})
     got = kernels.lora_qkv(x, weight, bias, {}, None)
     assert torch.equal(got, reference.lora_qkv(x, weight, bias, {}, None))
+
+
+def test_merged_weight_is_weight_and_change():
+    _, weight, _, lora = inputs(1, 1, 48, {"q": 4, "v": 20})
+    want = weight.clone()
+    for place, target in ((0, "q"), (96, "v")):
+        a, b, scale = lora[target]
+        want[place : place + 48] += scale[0] * b[0] @ a[0]
+    got = kernels.merged_weight(weight, lora)
+    assert error(got, want) <= F32
+    assert torch.equal(got[48:96], weight[48:96])
+    assert kernels.merged_weight(weight, {}) is weight
 
 
 @pytest.mark.parametrize("method", METHODS)
