@@ -98,8 +98,8 @@ class Common:
     seed: int = 0
     # bf16 or fp32.
     precision: Literal["bf16", "fp32"] = "bf16"
-    # compile or reference.
-    backend: Literal["compile", "reference"] = "compile"
+    # triton, compile or reference.
+    backend: Literal["triton", "compile", "reference"] = "compile"
     # cuda or cpu.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -201,7 +201,7 @@ def invert_bank(
 
     parts = invert(
         vit, loras, network, config, seed=common.seed, precision=common.precision,
-        compiled=common.backend == "compile", folder=common.work / name, on_step=on_step,
+        backend=common.backend, folder=common.work / name, on_step=on_step,
     )  # fmt: skip
     pool = SyntheticPool(parts)
     right = (pool.teacher_logits.argmax(1) == pool.labels).float().mean().item()
@@ -279,7 +279,7 @@ def meta(
         began = time.time()
         result = meta_train(
             vit, images, config, seed=common.seed, precision=common.precision,
-            compiled=common.backend == "compile",
+            backend=common.backend,
             start=LoRA.average(LoRABank.load(common.work / bank))
             if config.start == "average" else None,
         )  # fmt: skip

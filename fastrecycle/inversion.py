@@ -9,17 +9,20 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastrecycle.augment import apply_maps, shrink_table
+from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.config import InversionConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA, LoRAStack
-from fastrecycle.ops import autocast
+from fastrecycle.ops import Impl, Resolved, autocast, impl_of
 from fastrecycle.pool import TaskImages, task_file
+from fastrecycle.prior import ResNetPrior
 from fastrecycle.pruning import patches_after_blocks, top_patches
 from fastrecycle.vit import ViT
 
@@ -48,6 +51,7 @@ def data_loss(
     pruned: bool,
     precision: str = "fp32",
     shrink: Tensor | None = None,
+    impl: Impl = "reference",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
 
@@ -62,6 +66,7 @@ def data_loss(
         pruned: whether the schedule is in force yet.
         precision: "fp32" or "bf16".
         shrink: (G, S, S), maps of `shrink_table` through which the backbone sees each task.
+        impl: code of the operations.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -75,7 +80,9 @@ def data_loss(
         index = torch.arange(tasks, device=images.device).repeat_interleave(per_task)
     seen = flat if shrink is None else apply_maps(images, shrink).flatten(0, 1)
     with autocast(images.device, precision):
-        features = vit(seen, stack, lora_index=index, prune=config.prune if pruned else None)
+        features = vit(
+            seen, stack, lora_index=index, prune=config.prune if pruned else None, impl=impl
+        )
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
@@ -85,7 +92,8 @@ def data_loss(
     r_bn = torch.zeros_like(ce)
     if prior is not None and config.alpha > 0:
         with autocast(images.device, precision):
-            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn)
+            options = {} if impl == "reference" else {"impl": impl}  # a caller's own has none
+            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
         loss = loss + config.alpha * r_bn
     if config.tv > 0:
         rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3, 4))
@@ -118,14 +126,23 @@ class Jitter:
             sides = torch.stack(drawn, 1).clamp_max(side) - min(low, side)
         return Jitter(torch.stack(shifts, 1), torch.stack(flips, 1), sides)
 
-    def index(self, iteration: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Source rows and columns of each output pixel, (G, S) each."""
-        line = torch.arange(side)
-        shift, flip = self.shift[iteration], self.flip[iteration]
+    def to(self, device: torch.device) -> Jitter:
+        """The same tables on a device."""
+        return Jitter(*(x.to(device) for x in (self.shift, self.flip, self.resolution)))
+
+    def index(self, clock: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Source rows and columns of each output pixel, (G, S) each.
+
+        Args:
+            clock: (1,) int64 iteration, on the tables' device: read there, never by the host.
+            side: S.
+
+        """
+        line = torch.arange(side, device=self.shift.device)
+        shift, flip = (x.index_select(0, clock)[0] for x in (self.shift, self.flip))
         rows = (line - shift[:, :1]) % side
         columns = (line - shift[:, 1:]) % side
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-        return rows.to(device), columns.to(device)
+        return rows, torch.where(flip[:, None], columns.flip(1), columns)
 
 
 def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -138,7 +155,8 @@ def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def inverse(index: Tensor) -> Tensor:
     """The inverse of each row's permutation, (G, S)."""
-    return index.argsort(dim=1)
+    line = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    return torch.zeros_like(index).scatter(1, index, line)
 
 
 class InversionGroup:
@@ -158,10 +176,12 @@ class InversionGroup:
         *,
         seed: int = 0,
         precision: str = "fp32",
-        compiled: bool = False,
+        backend: Resolved = "reference",
         dtype: torch.dtype = torch.float32,
     ):
         check_inversion(vit, loras, config)
+        if backend != "reference" and precision == "bf16" and isinstance(prior, ResNetPrior):
+            prior = prior.prepared(torch.bfloat16)
         self.vit, self.prior, self.config, self.precision = vit, prior, config, precision
         self.loras, self.tasks = tuple(loras), tuple(tasks)
         device = vit.pos_embed.device
@@ -170,7 +190,7 @@ class InversionGroup:
         heads = [lora.require_head() for lora in loras]
         count = heads[0].classes * config.images_per_class
         noise = [torch.randn(count, 3, side, side, generator=g) for g in generators]
-        self.jitter = Jitter.draw(generators, config, side)
+        self.jitter = Jitter.draw(generators, config, side).to(device)
         self.shrink = None  # (sides, S, S)
         if 0 < config.resolution[0] < side:
             self.shrink = shrink_table(side, *config.resolution).to(device=device, dtype=dtype)
@@ -185,35 +205,60 @@ class InversionGroup:
         self.low, self.high = (b.to(device) for b in bounds)
         images = torch.stack(noise).to(device=device, dtype=dtype)
         self.images = images.clamp(self.low, self.high)
-        self.optimiser = torch.optim.Adam([self.images], lr=config.lr, betas=config.betas)
+        # A recorded step cannot read a number of the host: its rate and clock are on the device.
+        self.recorded = backend != "reference" and device.type == "cuda"
+        lr = torch.tensor(config.lr, device=device) if self.recorded else config.lr
+        self.optimiser = torch.optim.Adam(
+            [self.images], lr=lr, betas=config.betas, capturable=self.recorded
+        )
         self.iteration = 0
-        self._loss = torch.compile(data_loss, dynamic=False) if compiled else data_loss
+        self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self.impl = impl_of(backend)
+        self._loss = (
+            data_loss if backend == "reference" else torch.compile(data_loss, dynamic=False)
+        )
+        self._graphs: dict[bool, Captured] = {}  # without and with pruning
 
-    def step(self) -> dict[str, Tensor]:
-        """One iteration of Eq. 1; returns its loss, CE and R_BN, each (G,), still on the device."""
-        config, side = self.config, self.vit.config.image_size
-        rows, columns = self.jitter.index(self.iteration, side, self.images.device)
+    def _iterate(self, pruned: bool) -> dict[str, Tensor]:
+        """The iteration that the clock shows; everything happens on the device."""
+        rows, columns = self.jitter.index(self.clock, self.vit.config.image_size)
         # The jitter permutes pixels, so its backward is the inverse permutation: no graph needed.
         seen = gather_pixels(self.images, rows, columns).requires_grad_()
-        pruned = bool(config.prune) and self.iteration >= config.prune_from * config.iterations
         shrink = None
         if self.shrink is not None:
-            shrink = self.shrink[self.jitter.resolution[self.iteration].to(self.images.device)]
+            drawn = self.jitter.resolution.index_select(0, self.clock)[0]
+            shrink = self.shrink.index_select(0, drawn)
         loss, ce, r_bn = self._loss(
-            self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels, config,
-            pruned, self.precision, shrink,
+            self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            self.config, pruned, self.precision, shrink, self.impl,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss.sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
-        if config.schedule == "cosine":
-            progress = self.iteration / config.iterations
-            self.optimiser.param_groups[0]["lr"] = (
-                config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-            )
         self.optimiser.step()
         self.images.clamp_(self.low, self.high)
-        self.iteration += 1
+        self.clock += 1
         return {"loss": loss.detach(), "ce": ce.detach(), "r_bn": r_bn.detach()}
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration of Eq. 1; returns its loss, CE and R_BN, each (G,), still on the device.
+
+        Where the step is recorded, the next one overwrites them.
+        """
+        config = self.config
+        pruned = bool(config.prune) and self.iteration >= config.prune_from * config.iterations
+        if config.schedule == "cosine":
+            progress = self.iteration / config.iterations
+            set_rate(self.optimiser, config.lr * 0.5 * (1 + math.cos(math.pi * progress)))
+        self.iteration += 1
+        if not self.recorded:
+            return self._iterate(pruned)
+        if pruned not in self._graphs:
+            changed = [self.images, self.clock, *optimiser_state(self.optimiser)]
+            shared = next((g.graph.pool() for g in self._graphs.values()), None)
+            self._graphs[pruned] = capture(
+                partial(self._iterate, pruned), state=changed, pool=shared
+            )
+        return self._graphs[pruned]()
 
     @property
     def done(self) -> bool:
@@ -275,12 +320,17 @@ class InversionGroup:
             return False
         self.images.copy_(tensors["images"])
         self.iteration = int(metadata["iteration"])
+        self.clock.fill_(self.iteration)
         if "exp_avg" in tensors:
+            device = self.images.device
             self.optimiser.state[self.images] = {
-                "step": torch.tensor(float(self.iteration)),
-                "exp_avg": tensors["exp_avg"].to(self.images.device),
-                "exp_avg_sq": tensors["exp_avg_sq"].to(self.images.device),
+                "step": torch.tensor(
+                    float(self.iteration), device=device if self.recorded else None
+                ),
+                "exp_avg": tensors["exp_avg"].to(device),
+                "exp_avg_sq": tensors["exp_avg_sq"].to(device),
             }
+            self._graphs.clear()  # they know the old state
         return True
 
 
@@ -345,7 +395,7 @@ def invert(
     *,
     seed: int = 0,
     precision: str = "fp32",
-    compiled: bool = False,
+    backend: Resolved = "reference",
     folder: str | Path | None = None,
     on_step: OnStep | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -359,7 +409,7 @@ def invert(
         config: see `InversionConfig`.
         seed: of noise and jitter.
         precision: "fp32" or "bf16".
-        compiled: run the loss under `torch.compile`.
+        backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
         folder: where finished tasks and the state of the group under way are kept; a second call
             goes on from there, to the same result.
         on_step: called after each iteration with the iterations done in all and, from time to
@@ -387,7 +437,7 @@ def invert(
             continue
         loras = [bank[i] for i in indices]
         group = InversionGroup(
-            vit, loras, indices, prior, config, seed=seed, precision=precision, compiled=compiled
+            vit, loras, indices, prior, config, seed=seed, precision=precision, backend=backend
         )
         if state is not None and state.exists():
             group.restore(state)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fastrecycle.augment import apply_maps, crop_maps, shrink_table
+from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import autocast
+from fastrecycle.ops import Impl, Resolved, autocast, impl_of
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -104,6 +105,17 @@ class EpisodeSampler:
         return Episodes(np.array(all_rows), np.array(all_labels))
 
 
+class Draw(NamedTuple):
+    """What chance decides about tasks of one shape, as tensors."""
+
+    rows: Tensor  # (E, W, K + Q) int64, of the pool
+    labels: Tensor  # (E, W) int64, see `Episodes`
+    flip: Tensor  # (E,) bool
+    small: Tensor  # (E,) int64, rows of the shrink table
+    crop: Tensor  # (3, images) float32: scale, first row, first column; (3, 0) without crops
+    counts: Tensor  # (images,) int64 kept patches where they differ, else (0,)
+
+
 class Batch(NamedTuple):
     """Tasks of one shape, ready for the backbone."""
 
@@ -112,7 +124,7 @@ class Batch(NamedTuple):
     target: Tensor  # (E, W Q, W), see `targets`
 
 
-def targets(pool_logits: Tensor, episodes: Episodes, config: MetaConfig) -> Tensor:
+def targets(pool_logits: Tensor, tasks: Draw | Episodes, config: MetaConfig) -> Tensor:
     """Target distribution of each query: the teacher's, or one-hot in interpolated tasks.
 
     KL(teacher, student) and cross-entropy differ from CE(target, student) only by the target's
@@ -123,8 +135,8 @@ def targets(pool_logits: Tensor, episodes: Episodes, config: MetaConfig) -> Tens
 
     """
     device = pool_logits.device
-    queries = torch.from_numpy(episodes.rows[:, :, config.shots :]).to(device)
-    labels = torch.from_numpy(episodes.labels).to(device)
+    rows, labels = (torch.as_tensor(x, device=device) for x in (tasks.rows, tasks.labels))
+    queries = rows[:, :, config.shots :]
     own = labels[:, 0] >= 0
     columns = labels.clamp_min(0)[:, None, None, :].expand(-1, config.ways, config.queries, -1)
     logits = pool_logits[queries].gather(-1, columns)  # (E, W, Q, W)
@@ -223,7 +235,7 @@ class MetaTrainer:
         config: see `MetaConfig`.
         seed: of the meta-LoRA's start and of everything drawn.
         precision: "fp32" or "bf16".
-        compiled: run the forward pass and the loss under `torch.compile`.
+        backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
 
     """
 
@@ -235,7 +247,7 @@ class MetaTrainer:
         *,
         seed: int = 0,
         precision: str = "fp32",
-        compiled: bool = False,
+        backend: Resolved = "reference",
         start: LoRA | None = None,
     ):
         device = vit.pos_embed.device
@@ -280,10 +292,23 @@ class MetaTrainer:
             self.parameters: list[Tensor] = list(self.vit.parameters())
         else:
             self.parameters = [x.requires_grad_() for x in self.lora.tensors()]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=config.lr)
+        ragged = config.sparsity > 0 and config.sparsity_per == "image" and config.whole == 0
+        # A recorded step cannot read a number of the host, nor make shapes from what was drawn.
+        self.recorded = backend != "reference" and device.type == "cuda" and not ragged
+        self.optimiser = torch.optim.Adam(
+            self.parameters,
+            lr=torch.tensor(config.lr, device=device) if self.recorded else config.lr,
+            capturable=self.recorded,
+        )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.iteration = 0
-        self._loss = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self.clock = torch.zeros((), device=device)
+        # the kernels have no gradient for the backbone's own weights
+        self.impl: Impl = "reference" if config.learn == "backbone" else impl_of(backend)
+        self._loss = (
+            self._forward if backend == "reference" else torch.compile(self._forward, dynamic=False)
+        )
+        self._graph: Captured | None = None
 
     def _forward(
         self, images: Tensor, keep: Tensor | RaggedKeep | None, target: Tensor
@@ -291,70 +316,93 @@ class MetaTrainer:
         config = self.config
         lora = None if config.learn == "backbone" else self.lora
         with autocast(images.device, self.precision):
-            features = self.vit(images, lora, keep=keep)
+            features = self.vit(images, lora, keep=keep, impl=self.impl)
         features = features.unflatten(0, (-1, config.ways, config.shots + config.queries))
         return meta_loss(features, target, config)
 
-    def _batches(self, step: int) -> list[Batch]:
-        """The tasks of a step, augmented: those of whole images, then those that mask patches."""
-        config = self.config
+    def _draw(self, step: int) -> list[Draw]:
+        """All that is random in a step, on the device: of whole tasks, then of those that mask."""
+        config, side = self.config, self.vit.config.image_size
         episodes = self.sampler.draw(step)
         # the sampler's key, another stretch of its counter
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
         flip = rng.random(config.tasks) < config.flip
         split = config.tasks if config.sparsity == 0 else round(config.whole * config.tasks)
-        parts = (slice(0, split), slice(split, None))
-        groups = []
-        for part, masked in zip(parts, (False, True), strict=True):
-            tasks = Episodes(*(x[part] for x in episodes))
-            if len(tasks.rows):
-                groups.append(self._batch(tasks, flip[part], rng, masked))
-        return groups
+        draws = []
+        for part, masked in ((slice(0, split), False), (slice(split, None), True)):
+            rows = episodes.rows[part]
+            count, images = len(rows), rows.size
+            if not count:
+                continue
+            crop = np.zeros((3, 0))
+            if not masked and config.crop < 1:
+                scale = rng.uniform(config.crop, 1, images)
+                crop = np.stack([scale, *(rng.random((2, images)) * (1 - scale))])
+            low, high = self._sides(masked)
+            small = rng.integers(low, high + 1, count).clip(max=side) - min(low, side)
+            counts = np.zeros(0, np.int64)
+            if masked and config.sparsity_per == "image" and config.whole == 0:
+                counts = rng.permutation(keep_ladder(images, self.patches, config.sparsity))
+            arrays = (
+                rows,
+                episodes.labels[part],
+                flip[part],
+                small,
+                crop.astype(np.float32),
+                counts,
+            )
+            draws.append(Draw(*(torch.from_numpy(x).to(self.images.device) for x in arrays)))
+        return draws
 
-    def _batch(
-        self, episodes: Episodes, flip: np.ndarray, rng: np.random.Generator, masked: bool
-    ) -> Batch:
-        config, device = self.config, self.images.device
-        count, side = len(episodes.rows), self.vit.config.image_size
-        rows = torch.from_numpy(episodes.rows.reshape(-1)).to(device)
+    def _sides(self, masked: bool) -> tuple[int, int]:
+        config = self.config
+        return config.masked_resolution if masked and config.whole > 0 else config.resolution
+
+    def _batch(self, draw: Draw, masked: bool) -> Batch:
+        """A draw's images, augmented, their masks and targets; all on the device."""
+        config, side = self.config, self.vit.config.image_size
+        rows = draw.rows.flatten()
+        per_task = len(rows) // len(draw.rows)
         pixels = self.images[rows].float() / 255
         maps = None  # of rows and of columns
-        if not masked and config.crop < 1:
-            scale = rng.uniform(config.crop, 1, len(rows))
-            offset = rng.random((2, len(rows))) * (1 - scale)
-            maps = [crop_maps(_to(scale, device), _to(start, device), side) for start in offset]
-        table, sides = self.shrink, config.resolution
-        if masked and config.whole > 0:
-            table, sides = self.masked_shrink, config.masked_resolution
+        if draw.crop.numel():
+            maps = [crop_maps(draw.crop[0], start, side) for start in draw.crop[1:]]
+        table = self.masked_shrink if masked and config.whole > 0 else self.shrink
         if table is not None:
-            drawn = rng.integers(sides[0], sides[1] + 1, count).clip(max=side) - min(sides[0], side)
-            shrink = table[torch.from_numpy(drawn).to(device)]
-            shrink = shrink.repeat_interleave(len(rows) // count, 0)
+            shrink = table[draw.small].repeat_interleave(per_task, 0)
             maps = [shrink, shrink] if maps is None else [shrink @ m for m in maps]
         if maps is not None:
             pixels = apply_maps(pixels, *maps).clamp(0, 1)
+        flip = draw.flip.repeat_interleave(per_task)
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
         keep: Tensor | RaggedKeep | None = None
         if masked:
             order = self.order[rows]
-            if config.sparsity_per == "batch" or config.whole > 0:
-                keep = order[:, : self.masked_count].sort(dim=1).values
+            if draw.counts.numel():
+                keep = RaggedKeep.of_orders(order, draw.counts)
             else:
-                counts = keep_ladder(len(rows), self.patches, config.sparsity)
-                shuffled = torch.from_numpy(rng.permutation(counts))
-                keep = RaggedKeep.of_orders(order, shuffled.to(device))
-        if flip.any():
-            mirrored = torch.from_numpy(flip.repeat(len(rows) // count)).to(device)
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-            if keep is not None:
-                keep = _mirror(keep, self.vit.config.grid, mirrored)
-        return Batch(self.vit.normalise(pixels), keep, targets(self.logits, episodes, config))
+                keep = order[:, : self.masked_count].sort(dim=1).values
+            keep = _mirror(keep, self.vit.config.grid, flip)
+        return Batch(self.vit.normalise(pixels), keep, targets(self.logits, draw, config))
 
-    def step(self) -> dict[str, Tensor]:
-        """One update; returns its loss and accuracy, still on the device."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr_at(self.iteration)
-        loss, accuracy = torch.zeros(()), torch.zeros(())
-        for batch in self._batches(self.iteration):
+    def _batches(self, step: int) -> list[Batch]:
+        draws = self._draw(step)
+        return [
+            self._batch(draw, masked) for draw, masked in zip(draws, self._masked(), strict=True)
+        ]
+
+    def _masked(self) -> tuple[bool, ...]:
+        """Of each group of tasks in a step, whether it masks patches."""
+        if self.config.sparsity == 0:
+            return (False,)
+        return (False, True) if self.config.whole > 0 else (True,)
+
+    def _update(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """One update from a step's draws, laid end to end; everything happens on the device."""
+        size = len(Draw._fields)
+        loss, accuracy = self.clock.new_zeros(()), self.clock.new_zeros(())
+        for i, masked in enumerate(self._masked()):
+            batch = self._batch(Draw(*tensors[size * i : size * (i + 1)]), masked)
             share = len(batch.target) / self.config.tasks
             values = self._loss(*batch)
             loss, accuracy = loss + share * values[0], accuracy + share * values[1]
@@ -364,10 +412,30 @@ class MetaTrainer:
         self.optimiser.step()
         if self.average:
             # bias-corrected, so that early averages are not weighed down by the start
-            decay = min(self.config.ema, (1 + self.iteration) / (10 + self.iteration))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            decay = ((1 + self.clock) / (10 + self.clock)).clamp_max(self.config.ema)
+            now = torch._foreach_mul([p.detach() for p in self.parameters], 1 - decay)
+            torch._foreach_mul_(self.average, decay)
+            torch._foreach_add_(self.average, now)
+        self.clock += 1
+        return loss.detach(), accuracy.detach()
+
+    def step(self) -> dict[str, Tensor]:
+        """One update; returns its loss and accuracy, still on the device.
+
+        Where the step is recorded, the next one overwrites them.
+        """
+        set_rate(self.optimiser, self.config.lr_at(self.iteration))
+        tensors = [x for draw in self._draw(self.iteration) for x in draw]
         self.iteration += 1
-        return {"loss": loss.detach(), "accuracy": accuracy.detach()}
+        if not self.recorded:
+            loss, accuracy = self._update(*tensors)
+        else:
+            if self._graph is None:
+                state = [*self.parameters, *self.average, self.clock]
+                state += optimiser_state(self.optimiser)
+                self._graph = capture(self._update, *tensors, state=state)
+            loss, accuracy = self._graph(*tensors)
+        return {"loss": loss, "accuracy": accuracy}
 
     @property
     def done(self) -> bool:
@@ -407,6 +475,8 @@ class MetaTrainer:
         if metadata.get("version") != _STATE_VERSION or count != len(self.parameters):
             raise ValueError(f"{path}: a checkpoint of another configuration; remove it to restart")
         self.iteration = int(metadata["iteration"])
+        self.clock.fill_(self.iteration)
+        self._graph = None  # it knows the old state
         with torch.no_grad():
             for i, p in enumerate(self.parameters):
                 p.copy_(tensors.pop(f"parameter.{i}"))
@@ -414,7 +484,8 @@ class MetaTrainer:
                 for name in ("step", "exp_avg", "exp_avg_sq"):
                     value = tensors.pop(f"optimiser.{i}.{name}", None)
                     if value is not None:
-                        state[name] = value if name == "step" else value.to(p.device)
+                        on_host = name == "step" and not self.recorded
+                        state[name] = value if on_host else value.to(p.device)
                 if state:
                     self.optimiser.state[p] = state
             for i, x in enumerate(self.average):
@@ -445,10 +516,6 @@ def _mirror(keep: Tensor | RaggedKeep, grid: int, mirrored: Tensor) -> Tensor | 
     return flip(keep, mirrored[:, None])
 
 
-def _to(x: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(x).to(device, torch.float32)
-
-
 def meta_train(
     vit: ViT,
     pool: SyntheticPool,
@@ -456,7 +523,7 @@ def meta_train(
     *,
     seed: int = 0,
     precision: str = "fp32",
-    compiled: bool = False,
+    backend: Resolved = "reference",
     start: LoRA | None = None,
     folder: str | Path | None = None,
     validate: Callable[[ViT, LoRA], float] | None = None,
@@ -466,7 +533,7 @@ def meta_train(
     """Meta-train a meta-LoRA on a pool.
 
     Args:
-        vit, pool, config, seed, precision, compiled: see `MetaTrainer`.
+        vit, pool, config, seed, precision, backend: see `MetaTrainer`.
         start: where the meta-LoRA starts, any rank; None: it changes nothing at first.
         folder: where checkpoints are kept; a second call goes on from there, to the same result.
         validate: scores a meta-LoRA on validation tasks, higher is better; with it the best step
@@ -482,7 +549,7 @@ def meta_train(
     """
     config = config or MetaConfig()
     trainer = MetaTrainer(
-        vit, pool, config, seed=seed, precision=precision, compiled=compiled, start=start
+        vit, pool, config, seed=seed, precision=precision, backend=backend, start=start
     )
     state = None if folder is None else Path(folder) / "meta.state.safetensors"
     best: tuple[int, float, list[Tensor]] | None = None

@@ -11,29 +11,47 @@ run's manifest; an operation itself never falls back to another implementation.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from fastrecycle_kernels import reference
 from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
 
-Backend = Literal["auto", "compile", "reference"]
-"""reference: eager PyTorch. compile: the same step under `torch.compile`. auto: see below."""
+Backend = Literal["auto", "triton", "compile", "reference"]
+"""reference: eager PyTorch. compile: the same step under `torch.compile`, on CUDA in a CUDA graph.
+triton: our kernels in that step. auto: see `resolve_backend`."""
+
+Resolved = Literal["triton", "compile", "reference"]
+
+Impl = Literal["reference", "triton"]
+"""Which code computes an operation."""
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> Literal["compile", "reference"]:
+def resolve_backend(backend: Backend, device: torch.device) -> Resolved:
     """Resolve "auto": "compile" on CUDA, where it pays for its build time; else "reference".
 
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or "triton" without a CUDA device.
 
     """
     if backend == "auto":
         return "compile" if device.type == "cuda" else "reference"
-    if backend not in ("compile", "reference"):
-        raise ValueError(f'backend: expected "auto", "compile" or "reference", got {backend!r}')
+    if backend not in ("triton", "compile", "reference"):
+        raise ValueError(
+            f'backend: expected "auto", "triton", "compile" or "reference", got {backend!r}'
+        )
+    if backend == "triton" and device.type != "cuda":
+        raise ValueError(
+            f'backend: "triton" needs a CUDA device, got {device.type}; use "reference" or'
+            ' "compile"'
+        )
     return backend
+
+
+def impl_of(backend: Resolved) -> Impl:
+    """The code that a stage's operations use."""
+    return "triton" if backend == "triton" else "reference"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -99,6 +117,7 @@ def lora_qkv(
     lora: dict[str, LowRank] | None = None,
     *,
     lora_index: Tensor | None = None,
+    impl: Impl = "reference",
 ) -> Tensor:
     """Queries, keys and values with a LoRA on any of them: y = x W^T + bias + scale (x a^T) b^T.
 
@@ -108,12 +127,13 @@ def lora_qkv(
         lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}; ranks below R are
             zero-padded.
         lora_index: (B,) int64, the LoRA of each image; None when G = 1.
+        impl: "triton" wants frozen weight, bias and scale, D a multiple of 16, R at most 64.
 
     Returns:
         (B, N, 3, D).
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or `impl` cannot do this.
 
     """
     lora = lora or {}
@@ -126,15 +146,20 @@ def lora_qkv(
         if target not in ("q", "k", "v"):
             raise ValueError(f'lora_qkv: targets are "q", "k" and "v", got {target!r}')
         _check_low_rank(f"lora_qkv[{target}]", x, factors, x.shape[-1], lora_index)
+    if impl == "triton":
+        from fastrecycle_kernels.lora_qkv import lora_qkv as kernel
+
+        return kernel(x, weight, bias, lora, lora_index)
     return reference.lora_qkv(x, weight, bias, lora, lora_index)
 
 
-def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
+def cls_scores(q_cls: Tensor, k: Tensor, *, impl: Impl = "reference") -> Tensor:
     """Importance of each token: head mean of softmax(q_cls k^T / sqrt d). LoRA Recycle, Eq. 5.
 
     Args:
         q_cls: (B, H, d), the CLS token's queries.
         k: (B, H, N, d), all keys.
+        impl: "triton" computes no gradient.
 
     Returns:
         (B, N) float32; each row sums to 1. Use `.detach()`: pruning carries no gradient.
@@ -148,16 +173,21 @@ def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
             "cls_scores: expected q_cls (B, H, d) and k (B, H, N, d),"
             f" got {tuple(q_cls.shape)} and {tuple(k.shape)}"
         )
+    if impl == "triton":
+        from fastrecycle_kernels.cls_scores import cls_scores as kernel
+
+        return kernel(q_cls, k)
     return reference.cls_scores(q_cls, k)
 
 
-def token_gather(x: Tensor, index: Tensor) -> Tensor:
+def token_gather(x: Tensor, index: Tensor, *, impl: Impl = "reference") -> Tensor:
     """The tokens at `index`; the gradient reaches only those.
 
     Args:
         x: (B, N, D).
         index: (B, k) int64 positions within each image, giving (B, k, D); or (T',) int64 positions
             in the flattened (B N) tokens, giving a packed (T', D) batch for `varlen_attention`.
+        impl: which code.
 
     Raises:
         ValueError: shapes disagree.
@@ -168,7 +198,28 @@ def token_gather(x: Tensor, index: Tensor) -> Tensor:
             "token_gather: expected x (B, N, D) and index (B, k) or (T',),"
             f" got {tuple(x.shape)} and {tuple(index.shape)}"
         )
+    if impl == "triton":
+        from fastrecycle_kernels.token_gather import token_gather as kernel
+
+        return kernel(x, index)
     return reference.token_gather(x, index)
+
+
+def embed_kept(images: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Embeddings of the kept patches, of which alone pixels are read. Triton only.
+
+    Args:
+        images: (B, 3, S, S).
+        keep: (B, k) int64 patch indices.
+        weight: (D, 3, P, P) of the patch convolution; bias (D,) or None.
+
+    Returns:
+        (B, k, D).
+
+    """
+    from fastrecycle_kernels.token_gather import gather_patches_embed
+
+    return gather_patches_embed(images, keep, weight, bias)
 
 
 def varlen_attention(
@@ -270,3 +321,53 @@ def bn_prior(
             f"bn_prior: residual must have shape {tuple(x.shape)}, got {tuple(residual.shape)}"
         )
     return reference.bn_prior(x, mean, var, weight, bias, eps, segments, relu, residual)
+
+
+def bn_prior_chunks(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    segments: int = 1,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    twin: Tensor | None = None,
+    output: bool = True,
+) -> tuple[Tensor, Tensor, Any]:
+    """`bn_prior` within a whole network, Triton only: see `fastrecycle_kernels.bn_prior`.
+
+    Returns:
+        y; its twin, which takes y's gradient as the next block's `residual`; the moments in
+        chunks, for `moment_distance`.
+
+    """
+    from fastrecycle_kernels.bn_prior import bn_prior_chunks as kernel
+
+    return kernel(x, mean, var, weight, bias, eps, segments, relu, residual, twin, output)
+
+
+def carry(y: Tensor, twin: Tensor) -> Tensor:
+    """Y, whose gradient goes to its twin (see `bn_prior_chunks`). Triton only."""
+    from fastrecycle_kernels.bn_prior import carry as kernel
+
+    return kernel(y, twin)
+
+
+def moment_distance(chunks: list[Any], mean: Tensor, var: Tensor, first_bn: float) -> Tensor:
+    """R_BN of each task from all layers' moments in chunks, LoRA Recycle, Eq. 2. Triton only.
+
+    Args:
+        chunks: of each BatchNorm, from `bn_prior_chunks`.
+        mean, var: (channels of all layers,), stored statistics one after the other.
+        first_bn: factor of the first layer.
+
+    Returns:
+        (segments,) float32.
+
+    """
+    from fastrecycle_kernels.moment_distance import moment_distance as kernel
+
+    return kernel(chunks, mean, var, first_bn)

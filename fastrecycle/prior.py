@@ -5,6 +5,7 @@ B images, G tasks of B / G consecutive images, C channels.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -53,6 +54,9 @@ class ResNetPrior(nn.Module):
     Only BatchNorm inputs matter, so a file may stop after any layer and needs no classifier.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, state_dict: Mapping[str, Tensor], spec: ResNetSpec | None = None):
         super().__init__()
         self.spec = spec or ResNetSpec()
@@ -68,6 +72,9 @@ class ResNetPrior(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"prior: {name} holds NaN or infinity")
             self.register_buffer(name.replace(".", "__"), tensor)
+        # buffers: a CUDA graph cannot record the copy of a Python list to the device
+        for part, values in (("pixel_mean", self.spec.mean), ("pixel_std", self.spec.std)):
+            self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
         self.block_names = sorted(
             {m.group(0) for k in tensors if (m := re.match(r"layer\d+\.\d+", k))},
             key=lambda name: [int(x) for x in re.findall(r"\d+", name)],
@@ -87,6 +94,14 @@ class ResNetPrior(nn.Module):
     def _get(self, name: str) -> Tensor:
         return self.get_buffer(name.replace(".", "__"))
 
+    def _stored(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance, weight and bias of a BatchNorm."""
+        mean, var, weight, bias = (
+            self._get(f"{name}.{part}")
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return mean, var, weight, bias
+
     def _has(self, name: str) -> bool:
         return name.replace(".", "__") in self._buffers
 
@@ -95,57 +110,140 @@ class ResNetPrior(nn.Module):
         groups = x.shape[1] // weight.shape[1]  # ResNeXt's
         return nn.functional.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=groups)
 
-    def forward(self, pixels: Tensor, segments: int = 1, first_bn: float = 1.0) -> Tensor:
+    def prepared(self, dtype: torch.dtype) -> ResNetPrior:
+        """The same prior with its convolution weights in this dtype, channels-last, once for all.
+
+        Under autocast they would be cast again at every step.
+        """
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        for name, weight in self.named_buffers():
+            if weight.ndim == 4:
+                other._buffers[name] = weight.to(dtype, memory_format=torch.channels_last)
+        return other
+
+    def _bn_names(self) -> list[str]:
+        """Names of the BatchNorms in the order of the forward pass."""
+        names = ["bn1"]
+        for block in self.block_names:
+            names += [f"{block}.downsample.1"] * self._has(f"{block}.downsample.0.weight")
+            names += [f"{block}.bn{i}" for i in ((1, 2, 3) if self.bottleneck else (1, 2))]
+        return names
+
+    def forward(
+        self,
+        pixels: Tensor,
+        segments: int = 1,
+        first_bn: float = 1.0,
+        impl: ops.Impl = "reference",
+    ) -> Tensor:
         """R_BN of each task.
 
         Args:
             pixels: (B, 3, S, S) in [0, 1]; normalised here with the network's own statistics.
             segments: number of tasks; B / segments consecutive images belong to one.
             first_bn: factor of the first BatchNorm's term.
+            impl: code of the operations.
 
         Returns:
             (segments,) float32.
 
         """
-        total = pixels.new_zeros(segments, dtype=torch.promote_types(pixels.dtype, torch.float32))
-        first = True
-
-        def bn(name: str, x: Tensor, relu: bool = True, residual: Tensor | None = None) -> Tensor:
-            nonlocal total, first
-            mean, var = self._get(name + ".running_mean"), self._get(name + ".running_var")
-            y, mu, sigma2 = ops.bn_prior(
-                x, mean, var, self._get(name + ".weight"), self._get(name + ".bias"),
-                eps=self.spec.eps, segments=segments, relu=relu, residual=residual,
-            )  # fmt: skip
-            total = total + (first_bn if first else 1.0) * moment_distance(mu, sigma2, mean, var)
-            first = False
-            return y
-
-        mean = torch.tensor(self.spec.mean, dtype=pixels.dtype, device=pixels.device)
-        std = torch.tensor(self.spec.std, dtype=pixels.dtype, device=pixels.device)
-        x = (pixels - mean[:, None, None]) / std[:, None, None]
+        x = (pixels - self.pixel_mean.to(pixels.dtype)) / self.pixel_std.to(pixels.dtype)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
+        run = (_Chunked if impl == "triton" else _Layered)(self, segments)
+        x = run.bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
         if self.spec.maxpool:
-            x = nn.functional.max_pool2d(x, 3, 2, 1)
+            x, run.twin = nn.functional.max_pool2d(x, 3, 2, 1), None
         for name in self.block_names:
             layer, index = (int(n) for n in re.findall(r"\d+", name))
             stride = 2 if index == 0 and layer > 1 else 1
-            shortcut = x
+            shortcut, twin = x, run.twin
             if self._has(f"{name}.downsample.0.weight"):
-                shortcut = self._conv(f"{name}.downsample.0", x, stride)
-                shortcut = bn(f"{name}.downsample.1", shortcut, relu=False)
+                beside = x if twin is None else ops.carry(x, twin)
+                shortcut = self._conv(f"{name}.downsample.0", beside, stride)
+                shortcut, twin = run.bn(f"{name}.downsample.1", shortcut, relu=False), None
+            last: dict[str, Any] = {
+                "residual": shortcut,
+                "twin": twin,
+                "output": name != self.block_names[-1],
+            }
             if self.bottleneck:
                 early = self.spec.stride_in == "conv1"
                 y = self._conv(f"{name}.conv1", x, stride if early else 1)
-                y = bn(f"{name}.bn1", y)
-                y = bn(f"{name}.bn2", self._conv(f"{name}.conv2", y, 1 if early else stride))
-                x = bn(f"{name}.bn3", self._conv(f"{name}.conv3", y), residual=shortcut)
+                y = run.bn(f"{name}.bn1", y)
+                y = run.bn(f"{name}.bn2", self._conv(f"{name}.conv2", y, 1 if early else stride))
+                x = run.bn(f"{name}.bn3", self._conv(f"{name}.conv3", y), **last)
             else:
-                y = bn(f"{name}.bn1", self._conv(f"{name}.conv1", x, stride))
-                x = bn(f"{name}.bn2", self._conv(f"{name}.conv2", y), residual=shortcut)
-        return total
+                y = run.bn(f"{name}.bn1", self._conv(f"{name}.conv1", x, stride))
+                x = run.bn(f"{name}.bn2", self._conv(f"{name}.conv2", y), **last)
+        return run.total(first_bn)
+
+
+class _Layered:
+    """BatchNorms of one forward pass, R_BN's terms layer by layer."""
+
+    twin: Tensor | None = None
+
+    def __init__(self, prior: ResNetPrior, segments: int):
+        self.prior, self.segments = prior, segments
+        self.terms: list[Tensor] = []
+
+    def bn(
+        self,
+        name: str,
+        x: Tensor,
+        relu: bool = True,
+        residual: Tensor | None = None,
+        twin: Tensor | None = None,
+        output: bool = True,
+    ) -> Tensor:
+        mean, var, weight, bias = self.prior._stored(name)
+        y, mu, sigma2 = ops.bn_prior(
+            x, mean, var, weight, bias, eps=self.prior.spec.eps, segments=self.segments, relu=relu,
+            residual=residual,
+        )  # fmt: skip
+        self.terms.append(moment_distance(mu, sigma2, mean, var))
+        return y
+
+    def total(self, first_bn: float) -> Tensor:
+        return torch.stack([first_bn * self.terms[0], *self.terms[1:]]).sum(0)
+
+
+class _Chunked:
+    """The same by our kernels: moments wait in chunks, a residual's gradient goes by its twin."""
+
+    def __init__(self, prior: ResNetPrior, segments: int):
+        self.prior, self.segments = prior, segments
+        self.chunks: list[Any] = []
+        self.twin: Tensor | None = None
+
+    def bn(
+        self,
+        name: str,
+        x: Tensor,
+        relu: bool = True,
+        residual: Tensor | None = None,
+        twin: Tensor | None = None,
+        output: bool = True,
+    ) -> Tensor:
+        y, own, chunks = ops.bn_prior_chunks(
+            x, *self.prior._stored(name), eps=self.prior.spec.eps, segments=self.segments,
+            relu=relu, residual=residual, twin=twin, output=output,
+        )  # fmt: skip
+        self.chunks.append(chunks)
+        # only a block's last y is read twice, by the next block's convolution and its shortcut
+        self.twin = own if residual is not None else None
+        return y
+
+    def total(self, first_bn: float) -> Tensor:
+        names = self.prior._bn_names()
+        mean, var = (
+            torch.cat([self.prior._get(f"{name}.running_{part}") for name in names])
+            for part in ("mean", "var")
+        )
+        return ops.moment_distance(self.chunks, mean, var, first_bn)
 
 
 class ModulePrior(nn.Module):
@@ -203,8 +301,11 @@ class ModulePrior(nn.Module):
             stored = stored_mu.to(inputs[0].dtype)[:, None, None]
             return (torch.where(stored_var[:, None, None] > 0, inputs[0], stored),)
 
-        mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device)[:, None, None]
+        # filled on the device: see ResNetPrior's buffers
+        mean, std = (
+            torch.stack([pixels.new_full((), v) for v in values])[:, None, None]
+            for values in (self.mean, self.std)
+        )
         hooks = [bn.register_forward_pre_hook(record) for bn in self.batch_norms]
         try:
             self.network((pixels - mean) / std)

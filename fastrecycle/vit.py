@@ -166,6 +166,7 @@ class Block(nn.Module):
         lora_index: Tensor | None,
         with_scores: bool,
         packing: tuple[Tensor, int] | None = None,
+        impl: ops.Impl = "reference",
     ) -> tuple[Tensor, Tensor | None]:
         """Add attention(norm1(x)) to x; also the CLS scores over all tokens (Eq. 5) if asked for.
 
@@ -173,7 +174,7 @@ class Block(nn.Module):
         """
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
         qkv = ops.lora_qkv(
-            self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index
+            self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index, impl=impl
         )
         qkv = qkv.unflatten(-1, (self.heads, -1))
         scores = None
@@ -183,7 +184,7 @@ class Block(nn.Module):
             y = y.flatten(1)[None]
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-            scores = ops.cls_scores(q[:, :, 0], k).detach() if with_scores else None
+            scores = ops.cls_scores(q[:, :, 0], k, impl=impl).detach() if with_scores else None
             y = ops.varlen_attention(q, k, v).transpose(1, 2).flatten(2)
         y = ops.lora_linear(
             y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index
@@ -395,9 +396,12 @@ class ViT(nn.Module):
 
     def _mean_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        mean = torch.tensor(self.config.mean, dtype=dtype, device=like.device)[:, None, None]
-        std = torch.tensor(self.config.std, dtype=dtype, device=like.device)[:, None, None]
-        return mean, std
+        # filled on the device: a copy from the host could not be recorded in a CUDA graph
+        mean, std = (
+            torch.stack([torch.full((), v, dtype=dtype, device=like.device) for v in values])
+            for values in (self.config.mean, self.config.std)
+        )
+        return mean[:, None, None], std[:, None, None]
 
     # ------------------------------------------------------------------ forward
 
@@ -409,14 +413,15 @@ class ViT(nn.Module):
         lora_index: Tensor | None = None,
         prune: PruneSchedule | None = None,
         keep: Tensor | RaggedKeep | None = None,
+        impl: ops.Impl = "reference",
     ) -> Tensor:
         """Features of a batch, (B, features); see `encode` for the arguments.
 
         Here `keep` may also be a `RaggedKeep`: images of different token counts, packed.
         """
         if isinstance(keep, RaggedKeep):
-            return self._packed(images, lora, lora_index, prune, keep)
-        return self._encode(images, lora, lora_index, prune, keep, with_scores=False)[0]
+            return self._packed(images, lora, lora_index, prune, keep, impl)
+        return self._encode(images, lora, lora_index, prune, keep, False, impl)[0]
 
     def encode(
         self,
@@ -426,6 +431,7 @@ class ViT(nn.Module):
         lora_index: Tensor | None = None,
         prune: PruneSchedule | None = None,
         keep: Tensor | None = None,
+        impl: ops.Impl = "reference",
     ) -> ViTOutput:
         """Features, surviving patches and the last block's CLS scores of a batch.
 
@@ -438,25 +444,28 @@ class ViT(nn.Module):
                 CLS attention are dropped (Eq. 5). Survivors keep their own residual; prefix tokens
                 always stay; the choice carries no gradient.
             keep: (B, k) int64 patch indices: only these are embedded and fed forward (Sec. 4.3).
+            impl: code of the operations: "reference" (PyTorch) or "triton" (CUDA, frozen weights).
 
         Raises:
             ValueError: shapes, blocks, ratios or indices that do not fit.
 
         """
-        features, kept, scores = self._encode(
-            images, lora, lora_index, prune, keep, with_scores=True
-        )
+        features, kept, scores = self._encode(images, lora, lora_index, prune, keep, True, impl)
         assert scores is not None
         return ViTOutput(features, kept, scores)
 
-    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def embed(
+        self, images: Tensor, keep: Tensor | None = None, impl: ops.Impl = "reference"
+    ) -> Tensor:
         """Token embeddings with positions: (B, 3, S, S) -> (B, prefix + patches or k, D).
 
         With the plain patch stem only the kept patches are read and projected; LV-ViT's stem
         overlaps, so there all are embedded and then gathered.
         """
         config, p = self.config, self.config.patch_size
-        if self.stem is None:
+        if self.stem is None and keep is not None and impl == "triton":
+            tokens = ops.embed_kept(images, keep, self.patch_embed.weight, self.patch_embed.bias)
+        elif self.stem is None:
             g = config.grid
             patches = images.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, 3, g, P, g, P)
             patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, n, 3 P P)
@@ -468,7 +477,7 @@ class ViT(nn.Module):
         else:
             tokens = self.patch_embed(self.stem(images)).flatten(2).transpose(1, 2)
             if keep is not None:
-                tokens = ops.token_gather(tokens, keep)
+                tokens = ops.token_gather(tokens, keep, impl=impl)
         prefix, positions = self.pos_embed.split((config.prefix_tokens, config.patches))
         tokens = tokens + (positions if keep is None else positions[keep])
         first = (self.prefix + prefix).to(tokens.dtype).expand(len(images), -1, -1)
@@ -482,6 +491,7 @@ class ViT(nn.Module):
         lora_index: Tensor | None,
         prune: PruneSchedule | None,
         keep: RaggedKeep,
+        impl: ops.Impl,
     ) -> Tensor:
         """`forward` over images with different numbers of kept patches, without padding."""
         self._check(images, None)
@@ -496,7 +506,7 @@ class ViT(nn.Module):
         patches = images.unflatten(3, (g, p)).unflatten(2, (g, p)).permute(0, 2, 4, 1, 3, 5)
         patches = patches.flatten(3).flatten(1, 2)  # (B, n, 3 P P)
         tokens = nn.functional.linear(
-            ops.token_gather(patches, keep.image * config.patches + keep.patches),
+            ops.token_gather(patches, keep.image * config.patches + keep.patches, impl=impl),
             self.patch_embed.weight.flatten(1),
             self.patch_embed.bias,
         )
@@ -515,9 +525,10 @@ class ViT(nn.Module):
         packing = (starts, keep.longest + config.prefix_tokens)
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
-            x, _ = block.attend(x, adapter, None, with_scores=False, packing=packing)
+            x, _ = block.attend(x, adapter, None, with_scores=False, packing=packing, impl=impl)
             x = block.transform(x, adapter, None)
-        features = self.norm(x[0, starts[:-1].long()])
+        # rows by `image`: Inductor 2.11 cannot lower an index that is a slice
+        features = self.norm(x[0, starts[image].long()])
         return features if self.head_proj is None else self.head_proj(features)
 
     def _check(self, images: Tensor, keep: Tensor | None) -> None:
@@ -540,6 +551,7 @@ class ViT(nn.Module):
         prune: PruneSchedule | None,
         keep: Tensor | None,
         with_scores: bool,
+        impl: ops.Impl,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         self._check(images, keep)
         config = self.config
@@ -552,18 +564,18 @@ class ViT(nn.Module):
             kept = torch.arange(patches, device=images.device).expand(len(images), -1)
         else:
             kept = keep
-        x = self.embed(images, keep)
+        x = self.embed(images, keep, impl)
         scores = None
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
             drops = counts[i] < patches
             last = with_scores and i == config.depth - 1
-            x, scores = block.attend(x, adapter, lora_index, with_scores=drops or last)
+            x, scores = block.attend(x, adapter, lora_index, with_scores=drops or last, impl=impl)
             if drops and scores is not None:
                 alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
                 always = torch.arange(config.prefix_tokens, device=x.device)
                 tokens = torch.cat((always.expand(len(x), -1), alive + config.prefix_tokens), dim=1)
-                x = ops.token_gather(x, tokens)
+                x = ops.token_gather(x, tokens, impl=impl)
                 kept = kept.gather(1, alive)
                 patches = counts[i]
             x = block.transform(x, adapter, lora_index)

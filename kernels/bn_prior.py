@@ -545,3 +545,18 @@ def _check(x: Tensor, *stored: Tensor) -> None:
             "bn_prior: stored statistics are constants, got one that requires a gradient; detach"
             " it or use the reference backend"
         )
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, twin: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def carry(y: Tensor, twin: Tensor) -> Tensor:
+    """Y, whose gradient goes to its twin: for a second convolution of y beside the first."""
+    return _Carry.apply(y.detach(), twin)

@@ -12,6 +12,11 @@ if not torch.cuda.is_available():  # before any kernel is imported
 torch.set_num_threads(2)  # as many as the smallest machine of the checks has
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder of real image archives (cifar_fs_test.zip, ...), named by FASTRECYCLE_DATA."""

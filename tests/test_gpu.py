@@ -222,7 +222,7 @@ def test_bf16_losses_are_near_fp32(sparsity):
 
 
 def test_compiled_inversion_matches_reference():
-    eager, compiled = curve(group(DEVICE)), curve(group(DEVICE, compiled=True))
+    eager, compiled = curve(group(DEVICE)), curve(group(DEVICE, backend="compile"))
     torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-2)
 
@@ -234,7 +234,9 @@ def test_compiled_inversion_matches_reference():
 def test_compiled_meta_training_matches_reference(changes):
     config = replace(META, **changes)
     vit, pool = toys.vit().to(DEVICE), toys.pool()
-    eager, compiled = (curve(MetaTrainer(vit, pool, config, compiled=c)) for c in (False, True))
+    eager, compiled = (
+        curve(MetaTrainer(vit, pool, config, backend=b)) for b in ("reference", "compile")
+    )
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
 
 
@@ -249,11 +251,11 @@ def test_compiled_module_prior_matches_reference():
     torch.manual_seed(0)
     network = torchvision.models.resnet18().to(DEVICE)
     curves = []
-    for compiled in (False, True):
+    for backend in ("reference", "compile"):
         prior, vit = ModulePrior(network), toys.vit().to(DEVICE)
         config = replace(INVERSION, iterations=3)
         curves.append(curve(
-            InversionGroup(vit, [toys.lora(0)], [0], prior, config, compiled=compiled)
+            InversionGroup(vit, [toys.lora(0)], [0], prior, config, backend=backend)
         ))  # fmt: skip
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-2, atol=1e-2)
 

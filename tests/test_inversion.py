@@ -51,7 +51,7 @@ def test_jitter_is_a_roll_and_a_flip():
     jitter = Jitter.draw([task_generator(0, t) for t in range(4)], config(iterations=20), SIDE)
     seen = set()
     for i in range(20):
-        got = gather_pixels(images, *jitter.index(i, SIDE, images.device))
+        got = gather_pixels(images, *jitter.index(torch.tensor([i]), SIDE))
         for g in range(4):
             down, right = jitter.shift[i, g].tolist()
             flip = bool(jitter.flip[i, g])
@@ -65,7 +65,7 @@ def test_jitter_inverse_undoes_it():
     images = torch.randn(3, 2, 3, SIDE, SIDE)
     jitter = Jitter.draw([task_generator(1, t) for t in range(3)], config(iterations=12), SIDE)
     for i in range(12):
-        rows, columns = jitter.index(i, SIDE, images.device)
+        rows, columns = jitter.index(torch.tensor([i]), SIDE)
         moved = gather_pixels(images, rows, columns)
         assert torch.equal(gather_pixels(moved, inverse(rows), inverse(columns)), images)
 
@@ -172,7 +172,7 @@ def test_the_backbone_sees_shrunk_images_and_the_prior_whole_ones():
 def test_gradient_through_jitter_pruning_and_prior_matches_finite_differences():
     group = make(2, dtype=torch.float64, prune_from=0.0)
     before = group.images.clone()
-    rows, columns = group.jitter.index(0, SIDE, before.device)
+    rows, columns = group.jitter.index(torch.tensor([0]), SIDE)
     assert not torch.equal(gather_pixels(before, rows, columns), before)  # there is jitter
     group.step()
     gradient = group.images.grad

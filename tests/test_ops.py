@@ -335,8 +335,14 @@ def test_backend_is_resolved_by_device():
     assert ops.resolve_backend("auto", cpu) == "reference"
     assert ops.resolve_backend("auto", cuda) == "compile"
     assert ops.resolve_backend("compile", cpu) == "compile"
-    with pytest.raises(ValueError, match='backend: expected "auto", "compile" or "reference"'):
+    with pytest.raises(ValueError, match='backend: expected "auto", "triton", "compile" or "ref'):
         ops.resolve_backend("cuda", cpu)
+    with pytest.raises(ValueError, match='"triton" needs a CUDA device, got cpu'):
+        ops.resolve_backend("triton", cpu)
+    assert ops.resolve_backend("triton", cuda) == "triton"
+    assert [ops.impl_of(b) for b in ("reference", "compile", "triton")] == [
+        "reference", "reference", "triton",
+    ]  # fmt: skip
 
 
 def test_operations_trace_as_one_graph():

@@ -1,0 +1,143 @@
+"""CUDA graphs: one training or inference step, recorded once and replayed without Python.
+
+    step = capture(step, images, labels, state=[*parameters, *optimiser_state(optimiser)])
+    loss = step(images, labels)      # any later values of the same shapes
+
+What the step may do is what a graph can hold: no synchronisation with the host, no shapes that
+depend on values, randomness only from device generators or from tables, learning rates as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def optimiser_state(optimiser: torch.optim.Adam) -> list[Tensor]:
+    """The tensors of Adam's state, made beforehand where it would make them at its first step.
+
+    Raises:
+        ValueError: the optimiser is not `capturable`.
+
+    """
+    tensors: list[Tensor] = []
+    for group in optimiser.param_groups:
+        if not group["capturable"]:
+            raise ValueError("optimiser_state: a graph needs Adam(..., capturable=True)")
+        for parameter in group["params"]:
+            state = optimiser.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(
+                    parameter, memory_format=torch.preserve_format
+                )
+            tensors += [x for x in state.values() if isinstance(x, Tensor)]
+    return tensors
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate, in place where it is a tensor that a graph reads."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class Captured:
+    """A recorded step; see `capture`.
+
+    Attributes:
+        graph: the CUDA graph.
+        pool_bytes: memory that recording reserved for the graph's intermediates, in bytes.
+
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[Tensor], outputs: Any, size: int):
+        self.graph, self.pool_bytes = graph, size
+        self._inputs, self._outputs = inputs, outputs
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Replay with new values; the outputs are overwritten by the next call.
+
+        Raises:
+            ValueError: another number of inputs, or one of another shape, dtype or device.
+
+        """
+        if len(inputs) != len(self._inputs):
+            raise ValueError(
+                f"captured step: expected {len(self._inputs)} inputs, got {len(inputs)}"
+            )
+        for i, (own, new) in enumerate(zip(self._inputs, inputs, strict=True)):
+            expected = (tuple(own.shape), own.dtype, own.device)
+            got = (tuple(new.shape), new.dtype, new.device)
+            if expected != got:
+                raise ValueError(
+                    f"captured step: input {i} was recorded as {expected}, got {got};"
+                    " capture the step again for other shapes"
+                )
+            if own is not new:
+                own.copy_(new, non_blocking=True)
+        self.graph.replay()
+        return self._outputs
+
+
+def capture(
+    step: Callable[..., Any],
+    *example: Tensor,
+    state: Iterable[Tensor] = (),
+    warmup: int = 3,
+    pool: Any = None,
+) -> Captured:
+    """Record a step as a CUDA graph.
+
+    Args:
+        step: called with tensors, returns tensors (in any nesting); see the module for what it may
+            do.
+        example: inputs of the shapes to come. Their values are copied.
+        state: all tensors that the step changes (parameters, optimiser state, clocks); they are
+            put back to their values after the warm-up, so that recording changes nothing.
+        warmup: runs before recording, in which kernels are compiled and tuned.
+        pool: of another capture whose graph never runs at the same time; its memory is shared.
+
+    Raises:
+        ValueError: an input or a state tensor is not on a CUDA device.
+
+    """
+    held = list(state)
+    for name, tensors in (("input", example), ("state", held)):
+        for i, tensor in enumerate(tensors):
+            if not tensor.is_cuda:
+                raise ValueError(
+                    f"capture: {name} {i} is on {tensor.device}; CUDA graphs need a CUDA device,"
+                    " call the step itself elsewhere"
+                )
+    inputs = [x.detach().clone() for x in example]
+    before = [x.detach().clone() for x in held]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a graph's memory is its own, and so must the warm-up's be
+        for _ in range(warmup):
+            step(*inputs)
+        _restore(held, before)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        outputs = step(*inputs)
+    # Recording runs nothing, so the state still is what it was.
+    outputs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outputs)
+    return Captured(graph, inputs, outputs, torch.cuda.memory_reserved() - reserved)
+
+
+@torch.no_grad()
+def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

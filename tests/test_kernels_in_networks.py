@@ -1,0 +1,102 @@
+"""Whole networks through the kernels against the same networks through the reference.
+
+On a machine without CUDA in Triton's interpreter, so on toy networks. Tolerances: float32 sums of
+some hundred terms near 1, in another order.
+"""
+
+import pytest
+import torch
+import toys
+
+from fastrecycle.config import InversionConfig, MetaConfig
+from fastrecycle.inversion import InversionGroup
+from fastrecycle.lora import LoRAStack
+from fastrecycle.metatrain import MetaTrainer
+from fastrecycle.prior import ResNetPrior
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def same(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_prior_matches_reference(kind):
+    state = toys.resnet_state(kind, (2, 2), width=16)
+    prior = ResNetPrior(state).to(DEVICE)
+    pixels = torch.rand(4, 3, 32, 32, generator=toys.generator(0)).to(DEVICE).requires_grad_()
+    totals = [prior(pixels, 2, 3.0, impl=impl) for impl in ("reference", "triton")]
+    same(totals[1], totals[0])
+    gradients = [torch.autograd.grad(total.sum(), pixels)[0] for total in totals]
+    same(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0.1
+
+
+def test_prepared_prior_computes_the_same():
+    prior = toys.prior().to(DEVICE)
+    pixels = torch.rand(4, 3, 16, 16, generator=toys.generator(0)).to(DEVICE)
+    ready = prior.prepared(torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        torch.testing.assert_close(ready(pixels), prior(pixels))
+    weight = next(w for w in ready.buffers() if w.ndim == 4)
+    assert weight.dtype == torch.bfloat16
+    assert next(w for w in prior.buffers() if w.ndim == 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"prune": {0: 0.25, 2: 0.5}},
+        {"keep": torch.tensor([[0, 3, 5], [1, 2, 9], [4, 7, 8], [2, 5, 15]])},
+        {"lora_index": torch.tensor([0, 0, 1, 2])},
+        {"lora_index": torch.tensor([2, 0, 2, 1]), "prune": {1: 0.5}},
+    ],
+)
+def test_vit_matches_reference(arguments):
+    vit = toys.vit().to(DEVICE)
+    images = torch.randn(4, 3, 16, 16, generator=toys.generator(1)).to(DEVICE).requires_grad_()
+    arguments = {k: v.to(DEVICE) if k != "prune" else v for k, v in arguments.items()}
+    many = "lora_index" in arguments
+    stack = LoRAStack.of([toys.lora(i) for i in range(3 if many else 1)]).to(device=DEVICE)
+    features = [vit(images, stack, impl=impl, **arguments) for impl in ("reference", "triton")]
+    same(features[1], features[0])
+    gradients = [torch.autograd.grad(f.square().sum(), images)[0] for f in features]
+    same(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, {"prune": {0: 0.25, 1: 0.5}, "prune_from": 0.5}])
+def test_inversion_step_matches_reference(changes):
+    """From one seed, the same loss curve; the step itself is eager in both."""
+    config = InversionConfig(images_per_class=1, iterations=3, resolution=(8, 20), **changes)
+    curves = []
+    for impl in ("reference", "triton"):
+        loras = [toys.lora(i) for i in range(2)]
+        group = InversionGroup(
+            toys.vit().to(DEVICE), loras, [0, 1], toys.prior().to(DEVICE), config
+        )
+        group.impl = impl
+        curves.append(torch.stack([group.step()["loss"] for _ in range(3)]))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
+    assert (curves[0][0] - curves[0][2]).abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"sparsity": 0.75}])
+def test_meta_training_step_matches_reference(changes):
+    config = MetaConfig(
+        steps=3, ways=3, shots=1, queries=2, rank=2, lr=3e-3, resolution=(8, 16), **changes
+    )
+    losses, loras = [], []
+    for impl in ("reference", "triton"):
+        trainer = MetaTrainer(toys.vit().to(DEVICE), toys.pool(), config)
+        trainer.impl = impl
+        losses.append(torch.stack([trainer.step()["loss"] for _ in range(3)]))
+        loras.append(trainer.meta_lora())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+    for one, other in zip(loras[0].tensors(), loras[1].tensors(), strict=True):
+        # Adam's first steps are rate / |gradient| long: rounding of a gradient near 0 shows
+        assert (one - other).abs().max() < 0.2 * config.lr
