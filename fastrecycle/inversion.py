@@ -92,7 +92,8 @@ def data_loss(
     r_bn = torch.zeros_like(ce)
     if prior is not None and config.alpha > 0:
         with autocast(images.device, precision):
-            options = {} if impl == "reference" else {"impl": impl}  # a caller's own has none
+            # another network's BatchNorms are read by hooks, whatever computes them
+            options = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
             r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
         loss = loss + config.alpha * r_bn
     if config.tv > 0:

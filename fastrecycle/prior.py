@@ -36,6 +36,11 @@ def moment_distance(mu: Tensor, var: Tensor, stored_mu: Tensor, stored_var: Tens
     return norm(mu - stored_mu, dim=1) + norm(var - stored_var, dim=1)
 
 
+def _channels(values: Triple, like: Tensor) -> Tensor:
+    """(3, 1, 1). Filled on the device: a CUDA graph cannot record a copy from the host."""
+    return torch.stack([like.new_full((), value) for value in values])[:, None, None]
+
+
 @dataclass(frozen=True)
 class ResNetSpec:
     """What the names in a ResNet's state dict do not tell."""
@@ -54,9 +59,6 @@ class ResNetPrior(nn.Module):
     Only BatchNorm inputs matter, so a file may stop after any layer and needs no classifier.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, state_dict: Mapping[str, Tensor], spec: ResNetSpec | None = None):
         super().__init__()
         self.spec = spec or ResNetSpec()
@@ -72,9 +74,6 @@ class ResNetPrior(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"prior: {name} holds NaN or infinity")
             self.register_buffer(name.replace(".", "__"), tensor)
-        # buffers: a CUDA graph cannot record the copy of a Python list to the device
-        for part, values in (("pixel_mean", self.spec.mean), ("pixel_std", self.spec.std)):
-            self.register_buffer(part, torch.tensor(values)[:, None, None], persistent=False)
         self.block_names = sorted(
             {m.group(0) for k in tensors if (m := re.match(r"layer\d+\.\d+", k))},
             key=lambda name: [int(x) for x in re.findall(r"\d+", name)],
@@ -149,7 +148,7 @@ class ResNetPrior(nn.Module):
             (segments,) float32.
 
         """
-        x = (pixels - self.pixel_mean.to(pixels.dtype)) / self.pixel_std.to(pixels.dtype)
+        x = (pixels - _channels(self.spec.mean, pixels)) / _channels(self.spec.std, pixels)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
         run = (_Chunked if impl == "triton" else _Layered)(self, segments)
@@ -301,14 +300,9 @@ class ModulePrior(nn.Module):
             stored = stored_mu.to(inputs[0].dtype)[:, None, None]
             return (torch.where(stored_var[:, None, None] > 0, inputs[0], stored),)
 
-        # filled on the device: see ResNetPrior's buffers
-        mean, std = (
-            torch.stack([pixels.new_full((), v) for v in values])[:, None, None]
-            for values in (self.mean, self.std)
-        )
         hooks = [bn.register_forward_pre_hook(record) for bn in self.batch_norms]
         try:
-            self.network((pixels - mean) / std)
+            self.network((pixels - _channels(self.mean, pixels)) / _channels(self.std, pixels))
         finally:
             for hook in hooks:
                 hook.remove()

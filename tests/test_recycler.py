@@ -502,7 +502,9 @@ def test_rejects_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="ratio"):
         make(inversion=replace(INVERSION, prune={1: 1.5}))
     with pytest.raises(ValueError, match="backend: expected"):
-        MetaLoRARecycler(toys.vit(), toys.bank(), None, backend="triton")
+        MetaLoRARecycler(toys.vit(), toys.bank(), None, backend="cuda")
+    with pytest.raises(ValueError, match='backend: "triton" needs a CUDA device, got cpu'):
+        MetaLoRARecycler(toys.vit(), toys.bank(), None, device="cpu", backend="triton")
     with pytest.raises(ValueError, match="precision: expected"):
         MetaLoRARecycler(toys.vit(), toys.bank(), None, precision="fp8")
     few = replace(INVERSION, images_per_class=4, iterations=1)
