@@ -189,7 +189,7 @@ def _backbone(options: Any) -> tuple[Any, dict[str, str]]:
 
 def _packaged_alone(option: str, value: str, backbone: str) -> None:
     """Raise where the demo's LoRAs would meet another backbone, which shapes alone may not show."""
-    if value in ("demo", "average:demo") and backbone != "demo":
+    if value in ("demo", "average:demo", "average-factors:demo") and backbone != "demo":
         raise ValueError(
             f"{option}: the packaged LoRAs belong to the packaged backbone, not to {backbone};"
             f" give --{option}" + (" a PEFT folder or none" if option == "lora" else " a folder")
@@ -358,7 +358,8 @@ def _invert(options: o.Invert) -> int:
     pool = recycler.invert(options.out)
     print(f"pool: {options.out} ({len(pool)} images of {len(pool.parts)} LoRAs)")
     print(
-        f"next: fastrecycle meta-train --backbone {options.backbone.backbone} --pool {options.out}"
+        f"next: fastrecycle meta-train --backbone {options.backbone.backbone} --bank {options.bank}"
+        f" --pool {options.out}"
     )
     return OK
 
@@ -371,7 +372,15 @@ def _meta_train(options: o.MetaTrain) -> int:
     vit, backbone = _backbone(options)
     validation, extra = _validation(options, vit)
     inputs = {"backbone": backbone, "pool": pool_input(options.pool, pool), **extra}
-    recycler = _recycler(options, vit, (), None, validation=validation, inputs=inputs)
+    bank: Any = ()
+    if options.bank is not None:
+        bank, inputs["bank"] = _bank(options.bank, options.backbone.backbone)
+    elif options.meta.start == "average" and options.meta.learn != "backbone":
+        raise ValueError(
+            "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
+            " give --bank FOLDER (the one it was inverted from), or --start zero"
+        )
+    recycler = _recycler(options, vit, bank, None, validation=validation, inputs=inputs)
     lora = recycler.meta_train(pool, options.out)
     lora.save(options.out / "meta_lora")
     _save_backbone(recycler, options.out)
@@ -477,9 +486,11 @@ def _evaluated(source: str, backbone: str) -> tuple[Any, dict[str, Any]]:
     if source == "none":
         return None, {}
     _packaged_alone("lora", source, backbone)
-    if source.startswith("average:"):
-        bank = LoRABank.load(source.partition(":")[2])
-        return LoRA.average(list(bank)), {"lora": loras_input(source, bank)}
+    kind, _, where = source.partition(":")
+    if kind in ("average", "average-factors") and where:
+        bank = LoRABank.load(where)
+        averaged = LoRA.average(bank, of="products" if kind == "average" else "factors")
+        return averaged, {"lora": loras_input(source, bank)}
     lora = LoRA.load(source)
     return lora, {"lora": loras_input(source, [lora])}
 
@@ -534,7 +545,7 @@ COMMANDS: dict[str, Command] = {
         o.MetaTrain,
         _meta_train,
         "Meta-train one meta-LoRA on synthetic tasks (step 2 of LoRA Recycle).",
-        "fastrecycle meta-train --pool runs/pool --steps 2000 --out runs/meta",
+        "fastrecycle meta-train --pool runs/pool --bank runs/bank --out runs/meta",
         "meta_lora (a PEFT folder), run.json and metrics.jsonl in --out.",
     ),
     "recycle": Command(

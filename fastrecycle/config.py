@@ -139,13 +139,14 @@ class MetaConfig:
     alpha: float | None = None
     # Products with a LoRA: q, k, v, proj, fc1, fc2.
     targets: tuple[str, ...] = ("q", "v")
-    # Where the meta-LoRA starts: from nothing (the paper), or from the average of the bank, cut
-    # back to its rank, which already carries what all their domains share.
-    start: Literal["zero", "average"] = "zero"
+    # Where the meta-LoRA starts: from nothing (the paper; then use a rate near 3e-4), or from the
+    # average of the bank's products B A, cut back to its rank, which already carries what all
+    # their domains share.
+    start: Literal["zero", "average"] = "average"
     # What learns (Table 8): all LoRA layers, the first or last N ("first:6"), or the "backbone".
     learn: str = "all"
     # Peak learning rate of Adam.
-    lr: float = 3e-4
+    lr: float = 1e-4
     # Schedule: the paper's cycles (25 steps up from 1 % of lr, 75 down a cosine), one cosine, none.
     schedule: Literal["cyclic", "cosine", "constant"] = "cyclic"
     # Distance of a query to a prototype (Eq. 3b); "squared" is the square of "euclidean".
@@ -278,7 +279,7 @@ class EvalConfig:
 
 
 PAPER_INVERSION = InversionConfig(images_per_class=20, iterations=2000, prune={11: 0.75})
-PAPER_META = MetaConfig(steps=60_000, lr=1e-3, resolution=(0, 0))
+PAPER_META = MetaConfig(steps=60_000, start="zero", lr=1e-3, resolution=(0, 0))
 PRESETS: dict[str, tuple[InversionConfig, MetaConfig]] = {
     "default": (InversionConfig(), MetaConfig()),
     "paper": (PAPER_INVERSION, PAPER_META),

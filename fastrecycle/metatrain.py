@@ -282,6 +282,11 @@ class MetaTrainer:
             vit.config, config.rank, config.alpha, config.targets,
             blocks=blocks if config.learn != "backbone" else None, seed=seed,
         )  # fmt: skip
+        if config.start == "average" and start is None and config.learn != "backbone":
+            raise ValueError(
+                'start: "average" needs the average of the bank, got None; pass'
+                ' LoRA.average(bank), or MetaConfig(start="zero") to start from nothing'
+            )
         if start is not None:
             lora = _started(lora, start, blocks)
         self.lora = lora.to(device).clone()

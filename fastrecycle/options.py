@@ -154,6 +154,9 @@ class MetaTrain:
     meta: OmitArgPrefixes[MetaConfig]
     # Folder that `fastrecycle invert` wrote.
     pool: Path
+    # The bank it was inverted from, where the meta-LoRA starts: demo (packaged), or a folder of
+    # PEFT folders. Only --start zero goes without.
+    bank: str | None = None
     # Data set whose split "val" chooses the step that is returned; unset returns the last.
     validation: str | None = None
     # Folder of the results.
@@ -192,7 +195,8 @@ class Eval:
     # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
     dataset: str
     # demo (packaged, for the demo backbone), none (plain nearest class mean), a PEFT folder, or
-    # average:BANK (the mean of a bank's LoRAs).
+    # average:BANK (the mean of the products B A of a bank's LoRAs), average-factors:BANK (the
+    # product of their mean B and mean A, the usual baseline "LoRAs Avg").
     lora: str = "demo"
     # Also write the results here, as JSON.
     json: Path | None = None

@@ -201,13 +201,24 @@ class MetaLoRARecycler:
                 seed=self.seed,
                 precision=self.precision,
                 backend=self.backend,
-                start=LoRA.average(self.bank) if self.meta.start == "average" else None,
+                start=self._start(),
                 folder=folder,
                 validate=self._validate if self.validation is not None else None,
                 on_step=on_step,
                 stop=stop,
             )
         return self.result.lora
+
+    def _start(self) -> LoRA | None:
+        """Where the meta-LoRA starts; None: from nothing."""
+        if self.meta.start == "zero" or self.meta.learn == "backbone":
+            return None
+        if not len(self.bank):
+            raise ValueError(
+                'start: "average" needs the bank that the pool was inverted from, got no LoRAs;'
+                ' pass bank=..., or MetaConfig(start="zero")'
+            )
+        return LoRA.average(self.bank)
 
     def _validate(self, vit: ViT, lora: LoRA) -> float:
         """Accuracy on 200 validation tasks, in percent."""

@@ -149,14 +149,19 @@ def test_recycle_writes_everything(world, tmp_path, capsys):
     LoRA.load(out / "meta_lora").check(CONFIG)
 
 
-def test_stages_one_by_one_equal_recycle(world, tmp_path):
+def test_stages_one_by_one_equal_recycle(world, tmp_path, capsys):
     whole = tmp_path / "whole"
     assert main(recycle(world, whole)) == 0
     common = ["--backbone", str(world.backbone), "--quiet", "--device", "cpu"]
     pool, meta = tmp_path / "pool", tmp_path / "meta"
     bank = ["--bank", str(world.bank), "--prior", str(world.prior), *SMALL_INVERSION]
     assert main(["invert", *common, *bank, "--out", str(pool)]) == 0
-    assert main(["meta-train", *common, *SMALL_META, "--pool", str(pool), "--out", str(meta)]) == 0
+    train = ["meta-train", *common, *SMALL_META, "--pool", str(pool), "--out", str(meta)]
+    assert main(train) == 2
+    assert (
+        "give --bank FOLDER (the one it was inverted from), or --start" in capsys.readouterr().err
+    )
+    assert main([*train, "--bank", str(world.bank)]) == 0
     assert same_lora(whole / "meta_lora", meta / "meta_lora")
 
 

@@ -18,7 +18,13 @@ from fastrecycle.eval import Result, evaluate
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.vit import ViT
 
-ROWS = ["NN", "LoRAs-Avg + NN", "LoRA Recycle, run here", "LoRA Recycle, packaged"]
+ROWS = [
+    "NN",
+    "LoRAs-Avg + NN",
+    "LoRAs-Avg of products + NN",
+    "LoRA Recycle, run here",
+    "LoRA Recycle, packaged",
+]
 PLAN = Plan(
     loras=2,
     inversion=InversionConfig(images_per_class=3, iterations=4, group=2),
@@ -69,15 +75,15 @@ def results(out) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def test_demo_tells_four_rows_apart(tmp_path, capsys):
+def test_demo_tells_its_rows_apart(tmp_path, capsys):
     out = tmp_path / "demo"
     assert run(out) == 0
     text = capsys.readouterr().out
     table = text[text.index("digits: ") :].splitlines()
     assert table[0].startswith("digits: 250 images of 10 classes, 20 5-way tasks")
-    assert [line.split("  ")[0] for line in table[3:7]] == ROWS
+    assert [line.split("  ")[0] for line in table[3:8]] == ROWS
     assert table[3].count("±") == 2
-    assert all(line.count("±") == 4 for line in table[4:7])
+    assert all(line.count("±") == 4 for line in table[4:8])
     assert "LoRA Recycle, run here: 2 of the 3 packaged LoRAs, 4 iterations, 4 steps" in text
     assert "LoRA Recycle, packaged: the packaged meta-LoRA of the full schedule" in text
     assert "CIFAR-FS was not evaluated" in text
@@ -89,12 +95,13 @@ def test_demo_evaluates_what_each_row_says(tmp_path, world):
     out = tmp_path / "demo"
     assert run(out) == 0
     found = {(r["row"], r["shots"]): r for r in results(out)["results"]}
-    assert len(found) == 8
+    assert len(found) == 10
     vit, bank = ViT.from_pretrained(world.backbone), LoRABank.load(world.bank)
     pixels = first_of_each_class(vit, demo.load_dataset("digits"), PLAN.images)
     loras = {
         "NN": None,
-        "LoRAs-Avg + NN": LoRA.average(list(bank)[:2]),
+        "LoRAs-Avg + NN": LoRA.average(list(bank)[:2], of="factors"),
+        "LoRAs-Avg of products + NN": LoRA.average(list(bank)[:2]),
         "LoRA Recycle, run here": LoRA.load(out / "meta_lora"),
         "LoRA Recycle, packaged": LoRA.load(world.root / "meta_lora"),
     }
@@ -109,7 +116,11 @@ def test_demo_pairs_differences_on_the_same_tasks(tmp_path):
     assert run(out) == 0
     found = {(r["row"], r["shots"]): r for r in results(out)["results"]}
     for (_, shots), entry in found.items():
-        for key, other in (("minus_nn", "NN"), ("minus_average", "LoRAs-Avg + NN")):
+        for key, other in (
+            ("minus_nn", "NN"),
+            ("minus_average", "LoRAs-Avg + NN"),
+            ("minus_average_of_products", "LoRAs-Avg of products + NN"),
+        ):
             base = np.array(found[other, shots]["per_task"])
             paired = Result.of(np.array(entry["per_task"]) - base)
             assert entry[key] == pytest.approx(paired.accuracy)

@@ -29,7 +29,15 @@ INVERSION = InversionConfig(
     images_per_class=4, iterations=10, prune={1: 0.5}, prune_from=0.4, group=2
 )
 META = MetaConfig(
-    steps=10, ways=3, shots=2, queries=3, rank=2, lr=3e-3, resolution=(8, 16), schedule="constant"
+    start="zero",
+    steps=10,
+    ways=3,
+    shots=2,
+    queries=3,
+    rank=2,
+    lr=3e-3,
+    resolution=(8, 16),
+    schedule="constant",
 )
 
 

@@ -88,7 +88,15 @@ def test_inversion_step_matches_reference(changes):
 @pytest.mark.parametrize("changes", [{}, {"sparsity": 0.75}])
 def test_meta_training_step_matches_reference(changes):
     config = MetaConfig(
-        steps=3, ways=3, shots=1, queries=2, rank=2, lr=3e-3, resolution=(8, 16), **changes
+        steps=3,
+        ways=3,
+        shots=1,
+        queries=2,
+        rank=2,
+        lr=3e-3,
+        start="zero",
+        resolution=(8, 16),
+        **changes,
     )
     losses, loras = [], []
     for impl in ("reference", "triton"):

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 def config(**changes):
     base = {
         "steps": 12, "ways": 3, "shots": 2, "queries": 3, "rank": 2, "checkpoint_every": 5,
-        "lr": 3e-3,
+        "lr": 3e-3, "start": "zero",
     }  # fmt: skip
     return MetaConfig(**{**base, **changes})
 
@@ -305,7 +305,7 @@ def test_other_schedules():
     assert all(a < b for a, b in pairwise(rates[:10]))
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 1e-2
-    assert MetaConfig(schedule="cosine", steps=1).lr_at(0) == pytest.approx(3e-4)
+    assert MetaConfig(schedule="cosine", steps=1, lr=3e-4).lr_at(0) == pytest.approx(3e-4)
 
 
 # ------------------------------------------------------------------ augmentation

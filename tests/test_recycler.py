@@ -95,7 +95,10 @@ def test_run_is_inversion_then_meta_training(whole, tmp_path):
     rec = make()
     lora = rec.run(tmp_path)
     parts = invert(toys.vit(), toys.bank(4), toys.prior(), INVERSION, seed=3)
-    by_hand = meta_train(toys.vit(), SyntheticPool(parts), META, seed=3, validate=rec._validate)
+    by_hand = meta_train(
+        toys.vit(), SyntheticPool(parts), META, seed=3, validate=rec._validate,
+        start=LoRA.average(toys.bank(4)),
+    )  # fmt: skip
     assert all(map(torch.equal, lora.tensors(), by_hand.lora.tensors()))
     assert rec.result.validation == by_hand.validation
     assert set(by_hand.validation) == {12, 24, 30}
@@ -113,7 +116,7 @@ def test_stages_by_hand_equal_the_run(whole):
     pool = rec.invert()
     assert rec.pool is pool
     lora = rec.meta_train()
-    other = make(bank=(), prior=None).meta_train(SyntheticPool.load(whole / "pool"))
+    other = make(prior=None).meta_train(SyntheticPool.load(whole / "pool"))
     for a, b in zip(lora.tensors(), other.tensors(), strict=True):
         assert torch.equal(a, b)
     saved = LoRA.load(whole / "meta_lora")
@@ -501,6 +504,8 @@ def test_rejects_what_does_not_fit(tmp_path):
         make(bank=()).invert(tmp_path / "pool")
     with pytest.raises(ValueError, match="ratio"):
         make(inversion=replace(INVERSION, prune={1: 1.5}))
+    with pytest.raises(ValueError, match="needs the bank that the pool was inverted from"):
+        make(bank=()).meta_train(toys.pool())
     with pytest.raises(ValueError, match="backend: expected"):
         MetaLoRARecycler(toys.vit(), toys.bank(), None, backend="cuda")
     with pytest.raises(ValueError, match='backend: "triton" needs a CUDA device, got cpu'):
