@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import Impl, Resolved, autocast, impl_of
+from fastrecycle.ops import Impl, Resolved, autocast, host, impl_of
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -53,56 +54,34 @@ class EpisodeSampler:
     def __init__(self, pool: SyntheticPool, config: MetaConfig, seed: int = 0):
         self.config, self.seed = config, seed
         tasks, labels, classes = (x.numpy() for x in (pool.tasks, pool.labels, pool.classes))
-        self.own: list[dict[int, np.ndarray]] = []  # per LoRA: label -> rows
-        self.shared: dict[int, list[np.ndarray]] = {}  # class -> rows of each LoRA that has it
         need = config.shots + config.queries
-        for task in range(len(pool.parts)):
-            own = {}
-            for label in np.unique(labels[tasks == task]):
-                rows = np.flatnonzero((tasks == task) & (labels == label))
-                if len(rows) < need:
-                    raise ValueError(
-                        f"pool: a {config.shots}-shot task with {config.queries} queries needs"
-                        f" {need} images a class, LoRA {task} class {label} has {len(rows)};"
-                        " invert more images_per_class, or ask for fewer queries"
-                    )
-                own[int(label)] = rows
-                self.shared.setdefault(int(classes[rows[0]]), []).append(rows)
-            self.own.append(own)
-        self.everywhere = {c: np.concatenate(rows) for c, rows in self.shared.items()}
-        self.wide = [i for i, own in enumerate(self.own) if len(own) >= config.ways]
-        if config.interpolation < 1 and not self.wide:
+        widths = [len(np.unique(labels[tasks == task])) for task in range(len(pool.parts))]
+        for task, label in sorted(set(zip(tasks.tolist(), labels.tolist(), strict=True))):
+            count = int(((tasks == task) & (labels == label)).sum())
+            if count < need:
+                raise ValueError(
+                    f"pool: a {config.shots}-shot task with {config.queries} queries needs"
+                    f" {need} images a class, LoRA {task} class {label} has {count};"
+                    " invert more images_per_class, or ask for fewer queries"
+                )
+        if config.interpolation < 1 and max(widths) < config.ways:
             raise ValueError(
                 f"ways: a {config.ways}-way task of one LoRA needs a head with that many classes;"
-                f" the largest has {max(map(len, self.own))}; use fewer ways or interpolation=1"
+                f" the largest has {max(widths)}; use fewer ways or interpolation=1"
             )
-        if config.interpolation > 0 and len(self.shared) < config.ways:
-            raise ValueError(
-                f"ways: the pool shows {len(self.shared)} classes, fewer than {config.ways}"
-            )
+        shown = len(np.unique(classes))
+        if config.interpolation > 0 and shown < config.ways:
+            raise ValueError(f"ways: the pool shows {shown} classes, fewer than {config.ways}")
+        self.tables = host.TaskTables.of_pool(tasks, labels, classes, config.ways)
 
     def draw(self, step: int) -> Episodes:
         """The tasks of a step."""
         config = self.config
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        need = config.shots + config.queries
-        all_rows, all_labels = [], []
-        for _ in range(config.tasks):
-            if rng.random() < config.interpolation:
-                chosen = rng.choice(np.array(list(self.shared)), config.ways, replace=False)
-                sources = []
-                for c in chosen.tolist():
-                    holders = self.shared[c]
-                    one = holders[rng.integers(len(holders))]
-                    sources.append(one if config.holders == "one" else self.everywhere[c])
-                labels = np.full(config.ways, -1)
-            else:
-                own = self.own[self.wide[rng.integers(len(self.wide))]]
-                labels = rng.choice(np.array(list(own)), config.ways, replace=False)
-                sources = [own[label] for label in labels.tolist()]
-            all_rows.append([rng.choice(rows, need, replace=False) for rows in sources])
-            all_labels.append(labels)
-        return Episodes(np.array(all_rows), np.array(all_labels))
+        rows, labels = host.draw_steps(
+            self.tables, config.ways, config.shots + config.queries, config.tasks,
+            config.interpolation, self.seed, step, 1, holders=config.holders,
+        )  # fmt: skip
+        return Episodes(rows[0], labels[0])
 
 
 class Draw(NamedTuple):
@@ -175,7 +154,8 @@ def meta_loss(features: Tensor, target: Tensor, config: MetaConfig) -> tuple[Ten
     return loss * config.temperature**2, accuracy
 
 
-def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
+@lru_cache
+def keep_ladder(count: int, patches: int, sparsity: float) -> tuple[int, ...]:
     """Kept patches for each of `count` images, with mean (1 - sparsity) patches.
 
     Images keep 1, 1/2, 1/4, 1/8 or 1/16 of their patches, in geometric proportions that meet the
@@ -184,9 +164,9 @@ def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
     mean = kept_count(patches, sparsity) / patches
     levels = np.array([1.0, 0.5, 0.25, 0.125, 0.0625])
     if mean >= 1:
-        return [patches] * count
+        return (patches,) * count
     if mean <= levels[-1]:
-        return [max(1, kept_count(patches, sparsity))] * count
+        return (max(1, kept_count(patches, sparsity)),) * count
     low, high = 1e-6, 1e6
     for _ in range(200):  # weights r^j; the mean falls as r grows
         ratio = (low * high) ** 0.5
@@ -206,7 +186,7 @@ def keep_ladder(count: int, patches: int, sparsity: float) -> list[int]:
         if 1 <= counts[j] + step <= patches:
             counts[j] += step
         i += 1
-    return counts
+    return tuple(counts)
 
 
 def masked_patches(patches: int, config: MetaConfig) -> int:

@@ -14,9 +14,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from fastrecycle_kernels import reference
+from fastrecycle_kernels import host, reference
 from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
+
+__all__ = [
+    "Backend", "Impl", "Resolved", "autocast", "bn_prior", "bn_prior_chunks", "carry", "cls_scores",
+    "embed_kept", "host", "impl_of", "lora_linear", "lora_qkv", "moment_distance",
+    "resolve_backend", "token_gather", "varlen_attention",
+]  # fmt: skip
 
 Backend = Literal["auto", "triton", "compile", "reference"]
 """reference: eager PyTorch. compile: the same step under `torch.compile`, on CUDA in a CUDA graph.

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastrecycle.ops import host
+
 
 @dataclass(frozen=True, eq=False)
 class Episodes:
@@ -124,20 +126,12 @@ def episodes(
 
     names = np.fromiter(members, dtype=np.int64, count=len(members))
     images = list(members.values())
-    classes = np.empty((tasks, ways), dtype=np.int64)
-    support = np.empty((tasks, ways, shots), dtype=np.int64)
-    query = np.empty((tasks, ways, queries), dtype=np.int64)
-    for task in range(tasks):
-        bits = np.random.Philox(key=np.array([seed, task], dtype=np.uint64))
-        chosen = _draw(bits, len(names), ways)
-        classes[task] = names[chosen]
-        for way, position in enumerate(chosen):
-            picked = images[position][_draw(bits, len(images[position]), need)]
-            support[task, way] = picked[:shots]
-            query[task, way] = picked[shots:]
+    classes, support, query = host.draw_episodes(
+        names, images, int(ways), int(shots), int(queries), int(tasks), int(seed)
+    )
     return Episodes(
-        support=support.reshape(tasks, -1),
-        query=query.reshape(tasks, -1),
+        support=support,
+        query=query,
         classes=classes,
         ways=int(ways),
         shots=int(shots),
@@ -158,8 +152,3 @@ def _members(labels: Any) -> dict[int, np.ndarray]:
     values, starts = np.unique(array[order], return_index=True)
     groups = np.split(order.astype(np.int64), starts[1:])
     return {int(value): group for value, group in zip(values, groups, strict=True)}
-
-
-def _draw(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
-    """`count` of range(population), uniform, without replacement: ranks of random 64-bit keys."""
-    return np.argsort(bits.random_raw(population), kind="stable")[:count]
