@@ -151,7 +151,7 @@ class ResNetPrior(nn.Module):
         x = (pixels - _channels(self.spec.mean, pixels)) / _channels(self.spec.std, pixels)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
-        run = (_Chunked if impl == "triton" else _Layered)(self, segments)
+        run = _Pass(self, segments, impl)
         x = run.bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
         if self.spec.maxpool:
             x, run.twin = nn.functional.max_pool2d(x, 3, 2, 1), None
@@ -180,42 +180,16 @@ class ResNetPrior(nn.Module):
         return run.total(first_bn)
 
 
-class _Layered:
-    """BatchNorms of one forward pass, R_BN's terms layer by layer."""
+class _Pass:
+    """The BatchNorms of one forward pass and what R_BN takes from them.
 
-    twin: Tensor | None = None
+    The reference adds R_BN's terms layer by layer. With our kernels moments wait in chunks until
+    all layers are merged at once, and a residual's gradient goes by its twin.
+    """
 
-    def __init__(self, prior: ResNetPrior, segments: int):
-        self.prior, self.segments = prior, segments
-        self.terms: list[Tensor] = []
-
-    def bn(
-        self,
-        name: str,
-        x: Tensor,
-        relu: bool = True,
-        residual: Tensor | None = None,
-        twin: Tensor | None = None,
-        output: bool = True,
-    ) -> Tensor:
-        mean, var, weight, bias = self.prior._stored(name)
-        y, mu, sigma2 = ops.bn_prior(
-            x, mean, var, weight, bias, eps=self.prior.spec.eps, segments=self.segments, relu=relu,
-            residual=residual,
-        )  # fmt: skip
-        self.terms.append(moment_distance(mu, sigma2, mean, var))
-        return y
-
-    def total(self, first_bn: float) -> Tensor:
-        return torch.stack([first_bn * self.terms[0], *self.terms[1:]]).sum(0)
-
-
-class _Chunked:
-    """The same by our kernels: moments wait in chunks, a residual's gradient goes by its twin."""
-
-    def __init__(self, prior: ResNetPrior, segments: int):
-        self.prior, self.segments = prior, segments
-        self.chunks: list[Any] = []
+    def __init__(self, prior: ResNetPrior, segments: int, impl: ops.Impl):
+        self.prior, self.segments, self.impl = prior, segments, impl
+        self.found: list[Any] = []  # of each layer: its term, or its chunks
         self.twin: Tensor | None = None
 
     def bn(
@@ -227,22 +201,33 @@ class _Chunked:
         twin: Tensor | None = None,
         output: bool = True,
     ) -> Tensor:
-        y, own, chunks = ops.bn_prior_chunks(
-            x, *self.prior._stored(name), eps=self.prior.spec.eps, segments=self.segments,
-            relu=relu, residual=residual, twin=twin, output=output,
-        )  # fmt: skip
-        self.chunks.append(chunks)
-        # only a block's last y is read twice, by the next block's convolution and its shortcut
-        self.twin = own if residual is not None else None
+        stored = self.prior._stored(name)
+        shared: dict[str, Any] = {
+            "eps": self.prior.spec.eps,
+            "segments": self.segments,
+            "relu": relu,
+        }
+        if self.impl == "triton":
+            y, own, chunks = ops.bn_prior_chunks(
+                x, *stored, residual=residual, twin=twin, output=output, **shared
+            )
+            self.found.append(chunks)
+            # only a block's last y is read twice: by the next block's convolution and shortcut
+            self.twin = own if residual is not None else None
+            return y
+        y, mu, sigma2 = ops.bn_prior(x, *stored, residual=residual, **shared)
+        self.found.append(moment_distance(mu, sigma2, *stored[:2]))
         return y
 
     def total(self, first_bn: float) -> Tensor:
+        if self.impl == "reference":
+            return torch.stack([first_bn * self.found[0], *self.found[1:]]).sum(0)
         names = self.prior._bn_names()
         mean, var = (
             torch.cat([self.prior._get(f"{name}.running_{part}") for name in names])
             for part in ("mean", "var")
         )
-        return ops.moment_distance(self.chunks, mean, var, first_bn)
+        return ops.moment_distance(self.found, mean, var, first_bn)
 
 
 class ModulePrior(nn.Module):
