@@ -19,8 +19,8 @@ from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
 
 __all__ = [
-    "Backend", "Impl", "Resolved", "autocast", "bn_prior", "bn_prior_chunks", "carry", "cls_scores",
-    "embed_kept", "host", "impl_of", "lora_linear", "lora_qkv", "moment_distance", "LowRank",
+    "Backend", "Impl", "LowRank", "Resolved", "autocast", "bn_prior", "bn_prior_chunks", "carry",
+    "cls_scores", "embed_kept", "host", "impl_of", "lora_linear", "lora_qkv", "moment_distance",
     "resolve_backend", "token_gather", "varlen_attention",
 ]  # fmt: skip
 
