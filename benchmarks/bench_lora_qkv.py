@@ -166,6 +166,7 @@ def case(
     leaves = [p.with_grad(train) if train else [] for p in problems]
 
     def step(way: Way, i: int):
+        i %= len(problems)
         p = problems[i]
         y = way(p)
         if not train:

@@ -140,10 +140,15 @@ class Jitter:
 
         """
         line = torch.arange(side, device=self.shift.device)
-        shift, flip = (x.index_select(0, clock)[0] for x in (self.shift, self.flip))
+        shift, flip = (_at(x, clock) for x in (self.shift, self.flip))
         rows = (line - shift[:, :1]) % side
         columns = (line - shift[:, 1:]) % side
         return rows, torch.where(flip[:, None], columns.flip(1), columns)
+
+
+def _at(table: Tensor, clock: Tensor) -> Tensor:
+    """Row of a table, (1,) int64 and maybe past the end, as in the warm-up of a recording."""
+    return table.index_select(0, clock.clamp_max(len(table) - 1))[0]
 
 
 def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -227,8 +232,7 @@ class InversionGroup:
         seen = gather_pixels(self.images, rows, columns).requires_grad_()
         shrink = None
         if self.shrink is not None:
-            drawn = self.jitter.resolution.index_select(0, self.clock)[0]
-            shrink = self.shrink.index_select(0, drawn)
+            shrink = self.shrink.index_select(0, _at(self.jitter.resolution, self.clock))
         loss, ce, r_bn = self._loss(
             self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
             self.config, pruned, self.precision, shrink, self.impl,

@@ -71,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Attention within each sequence of a packed batch. q, k, v (T, H, d); cu_seqlens (B + 1,)."""
     length = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), length, right=True)
+    sequence = torch.searchsorted(cu_seqlens, length, right=True) - 1
     same = sequence[:, None] == sequence[None, :]
     to = wide(q)
     with no_autocast(q):

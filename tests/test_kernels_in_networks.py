@@ -15,7 +15,7 @@ from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.prior import ResNetPrior
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_tf32")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

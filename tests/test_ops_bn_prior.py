@@ -428,9 +428,13 @@ class TestGPU:
             (dx,) = torch.autograd.grad([y, mu, sigma2], x, [flow, mu.detach(), sigma2.detach()])
             return y, mu, sigma2, dx
 
-        expected = [t.clone() for t in step()]
+        stream = torch.cuda.Stream()  # autograd remembers it, and the default one cannot record
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            expected = [t.clone() for t in step()]
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             outputs = step()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
