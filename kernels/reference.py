@@ -60,6 +60,33 @@ def lora_qkv(
     return torch.stack(parts, dim=-2)
 
 
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S = x + scale branch in x's dtype, y = LayerNorm(s) in `dtype` (None: the branch's or x's).
+
+    x, branch (..., D); branch None: s is x. weight, bias (D,).
+    """
+    to = wide(x)
+    stream = x if branch is None else (x.to(to) + scale * branch.to(to)).to(x.dtype)
+    y = torch.nn.functional.layer_norm(stream.to(to), x.shape[-1:], weight.to(to), bias.to(to), eps)
+    return stream, y.to(dtype or (x if branch is None else branch).dtype)
+
+
+def activation(u: Tensor, kind: str) -> Tensor:
+    """GELU, u Phi(u), or "quick_gelu", u sigmoid(1.702 u)."""
+    to = wide(u)
+    if kind == "quick_gelu":
+        return (u.to(to) * torch.sigmoid(1.702 * u.to(to))).to(u.dtype)
+    return torch.nn.functional.gelu(u)  # in float32 of itself
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt d) v. Each (B, H, N, d)."""
     to = wide(q)
