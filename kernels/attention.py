@@ -1,0 +1,445 @@
+"""Self-attention on what the QKV product leaves, its gradient in one buffer of the same layout.
+
+y = P v, P = softmax(S), S = q k^T / sqrt d; L = log sum exp S of each row is kept for the gradient:
+  dv = P^T dy,  dS = P o (dy v^T - D),  D = rowsum(dy o y),  dq = dS k / sqrt d,
+  dk = dS^T q / sqrt d.
+P is computed anew from L. Two kernels give the gradient, three ways (`method`):
+  rows     a program has all queries of a head in its tile and goes through the keys in chunks: dq
+           stays in registers, the dk and dv of a chunk are complete at once.
+  columns  a program has all keys in its tile and goes through the queries in chunks: dk and dv stay
+           in registers, the dq of a chunk is complete at once.
+  both     tiles of queries for dq (and D), then tiles of keys for dk and dv: seven products instead
+           of five, but tiles of any size, so images of any length.
+All write each number once, in a fixed order of additions.
+
+B images, N tokens, Q queries (the first Q tokens), H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastrecycle_kernels.cls_scores import cls_scores
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Method = Literal["rows", "columns", "both"]
+WIDTHS = (16, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2_E = 1.4426950408889634
+
+
+# ------------------------------------------------------------------ kernels
+
+
+@triton.jit
+def _load(x, image, row, column, rows, stride, R: tl.constexpr, D: tl.constexpr, BULK: tl.constexpr):
+    """Rows [row, row + R) of one head, zeros past the last; of x (B, rows, stride)."""
+    if BULK:
+        return x.load([image, row, column]).reshape(R, D)
+    else:
+        at = row + tl.arange(0, R)
+        place = x + image.to(tl.int64) * rows * stride + column
+        place += at[:, None] * stride + tl.arange(0, D)[None, :]
+        return tl.load(place, mask=(at < rows)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(
+    x, tile, image, row, column, rows, stride, R: tl.constexpr, D: tl.constexpr, BULK: tl.constexpr
+):
+    """Write what `_load` reads."""
+    if BULK:
+        x.store([image, row, column], tile.reshape(1, R, D))
+    else:
+        at = row + tl.arange(0, R)
+        place = x + image.to(tl.int64) * rows * stride + column
+        place += at[:, None] * stride + tl.arange(0, D)[None, :]
+        tl.store(place, tile, mask=(at < rows)[:, None])
+
+
+@triton.jit
+def _dot(a, b, total):
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def _forward(
+    q_rows, kv_chunks, y, lse, tokens, queries, heads,
+    SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries; SCALE turns products into logarithms to the base 2."""
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    first = tl.program_id(1) * ROWS
+    inner, column = heads * D, head * D
+    row = first + tl.arange(0, ROWS)
+    q = _load(q_rows, image, first, column, tokens, 3 * inner, ROWS, D, BULK)
+    dtype: tl.constexpr = q.dtype
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, tokens, CHUNK):
+        k = _load(kv_chunks, image, start, column + inner, tokens, 3 * inner, CHUNK, D, BULK)
+        v = _load(kv_chunks, image, start, column + 2 * inner, tokens, 3 * inner, CHUNK, D, BULK)
+        s = _dot(q, k.T, tl.zeros((ROWS, CHUNK), tl.float32))
+        inside = start + tl.arange(0, CHUNK) < tokens
+        s = tl.where(inside[None, :], s, float("-inf"))
+        higher = tl.maximum(highest, tl.max(s, 1))
+        p = tl.exp2(s * SCALE - (higher * SCALE)[:, None])
+        fade = tl.exp2((highest - higher) * SCALE)
+        weight = weight * fade + tl.sum(p, 1)
+        total = _dot(p.to(dtype), v, total * fade[:, None])
+        highest = higher
+    total /= weight[:, None]
+    _store(y, total.to(dtype), image, first, column, queries, inner, ROWS, D, BULK)
+    lse += tl.program_id(0).to(tl.int64) * queries
+    log2_e: tl.constexpr = 1.4426950408889634
+    tl.store(lse + row, (highest * SCALE + tl.log2(weight)) / log2_e, mask=row < queries)
+
+
+@triton.jit
+def _backward_rows(
+    q_rows, kv_chunks, y, dy, lse, delta, dq_rows, dkv_chunks, tokens, queries, heads,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries and D; if WHOLE, the tile has all queries, and dk and dv follow."""
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    first = tl.program_id(1) * ROWS
+    inner, column = heads * D, head * D
+    row = first + tl.arange(0, ROWS)
+    g = _load(dy, image, first, column, queries, inner, ROWS, D, BULK)
+    out = _load(y, image, first, column, queries, inner, ROWS, D, BULK)
+    q = _load(q_rows, image, first, column, tokens, 3 * inner, ROWS, D, BULK)
+    dtype: tl.constexpr = q.dtype
+    sums = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    place = tl.program_id(0).to(tl.int64) * queries
+    log2_e: tl.constexpr = 1.4426950408889634
+    logs = tl.load(lse + place + row, mask=row < queries, other=float("inf")) * log2_e
+    if not WHOLE:
+        tl.store(delta + place + row, sums, mask=row < queries)
+    dq = tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, tl.where(first < queries, tokens, 0), CHUNK):
+        k = _load(kv_chunks, image, start, column + inner, tokens, 3 * inner, CHUNK, D, BULK)
+        v = _load(kv_chunks, image, start, column + 2 * inner, tokens, 3 * inner, CHUNK, D, BULK)
+        inside = start + tl.arange(0, CHUNK) < tokens
+        s = _dot(q, k.T, tl.zeros((ROWS, CHUNK), tl.float32))
+        p = tl.where(inside[None, :], tl.exp2(s * SCALE - logs[:, None]), 0.0)
+        if WHOLE:
+            dv = _dot(g.T, p.to(dtype), tl.zeros((D, CHUNK), tl.float32)).T
+            _store(
+                dkv_chunks, dv.to(dtype), image, start, column + 2 * inner, tokens, 3 * inner,
+                CHUNK, D, BULK,
+            )  # fmt: skip
+        dp = _dot(g, v.T, tl.zeros((ROWS, CHUNK), tl.float32))
+        ds = (p * (dp - sums[:, None])).to(dtype)
+        dq = _dot(ds, k, dq)
+        if WHOLE:
+            dk = _dot(q.T, ds, tl.zeros((D, CHUNK), tl.float32)).T * FACTOR
+            _store(
+                dkv_chunks, dk.to(dtype), image, start, column + inner, tokens, 3 * inner,
+                CHUNK, D, BULK,
+            )  # fmt: skip
+    dq = (dq * FACTOR).to(dtype)
+    _store(dq_rows, dq, image, first, column, tokens, 3 * inner, ROWS, D, BULK)
+    if WHOLE:  # the other tokens asked nothing
+        zeros = tl.zeros((ROWS, D), dtype)
+        for start in range(ROWS, tokens, ROWS):
+            _store(dq_rows, zeros, image, start, column, tokens, 3 * inner, ROWS, D, BULK)
+
+
+@triton.jit
+def _backward_columns(
+    q_chunks, kv_rows, y, dy, lse, delta, dq_chunks, dkv_rows, tokens, queries, heads,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of ROWS keys; if WHOLE, the tile has all keys, and dq and D are its own.
+    S, P and dS stand transposed: (keys, queries).
+    """
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    first = tl.program_id(1) * ROWS
+    inner, column = heads * D, head * D
+    inside = first + tl.arange(0, ROWS) < tokens
+    k = _load(kv_rows, image, first, column + inner, tokens, 3 * inner, ROWS, D, BULK)
+    v = _load(kv_rows, image, first, column + 2 * inner, tokens, 3 * inner, ROWS, D, BULK)
+    dtype: tl.constexpr = k.dtype
+    place = tl.program_id(0).to(tl.int64) * queries
+    log2_e: tl.constexpr = 1.4426950408889634
+    dk = tl.zeros((ROWS, D), tl.float32)
+    dv = tl.zeros((ROWS, D), tl.float32)
+    for start in range(0, queries, CHUNK):
+        row = start + tl.arange(0, CHUNK)
+        q = _load(q_chunks, image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
+        g = _load(dy, image, start, column, queries, inner, CHUNK, D, BULK)
+        logs = tl.load(lse + place + row, mask=row < queries, other=float("inf")) * log2_e
+        if WHOLE:
+            out = _load(y, image, start, column, queries, inner, CHUNK, D, BULK)
+            sums = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+        else:
+            sums = tl.load(delta + place + row, mask=row < queries, other=0.0)
+        s = _dot(k, q.T, tl.zeros((ROWS, CHUNK), tl.float32))
+        p = tl.where(inside[:, None], tl.exp2(s * SCALE - logs[None, :]), 0.0)
+        dv = _dot(p.to(dtype), g, dv)
+        dp = _dot(v, g.T, tl.zeros((ROWS, CHUNK), tl.float32))
+        ds = (p * (dp - sums[None, :])).to(dtype)
+        dk = _dot(ds, q, dk)
+        if WHOLE:
+            dq = _dot(k.T, ds, tl.zeros((D, CHUNK), tl.float32)).T * FACTOR
+            _store(
+                dq_chunks, dq.to(dtype), image, start, column, tokens, 3 * inner, CHUNK, D, BULK
+            )
+    dk = (dk * FACTOR).to(dtype)
+    _store(dkv_rows, dk, image, first, column + inner, tokens, 3 * inner, ROWS, D, BULK)
+    dv = dv.to(dtype)
+    _store(dkv_rows, dv, image, first, column + 2 * inner, tokens, 3 * inner, ROWS, D, BULK)
+    if WHOLE:  # the other tokens asked nothing
+        zeros = tl.zeros((CHUNK, D), dtype)
+        for start in range(tl.cdiv(queries, CHUNK) * CHUNK, tokens, CHUNK):
+            _store(dq_chunks, zeros, image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
+
+
+# ------------------------------------------------------------------ launchers
+
+
+class Cut(NamedTuple):
+    """How a kernel is cut into programs."""
+
+    rows: int  # queries (or keys, by columns) of a program's tile
+    chunk: int  # keys (or queries) of one step of its loop
+    warps: int = 4
+    stages: int = 1  # chunks read ahead, where above 1
+    bulk: int = 0  # 1: tiles go through the tensor copy engine
+    registers: int = 0  # of a thread, at most; 0: no bound
+
+
+def _tile(count: int, most: int = 1 << 16) -> int:
+    return min(most, max(16, triton.next_power_of_2(count)))
+
+
+def forward_cut(tokens: int, queries: int, dtype: torch.dtype) -> Cut:
+    """The launch table of the forward kernel."""
+    if dtype == torch.float32:  # products without tensor cores
+        return Cut(_tile(queries, 32), _tile(tokens, 32))
+    return Cut(_tile(queries, 64), _tile(tokens, 64), stages=2 if tokens > 64 else 1)
+
+
+def backward_cut(tokens: int, queries: int, dtype: torch.dtype) -> tuple[Method, Cut]:
+    """The launch table of the gradient."""
+    if dtype == torch.float32:
+        return "both", Cut(32, 16)
+    if queries <= 64:
+        return "rows", Cut(_tile(queries), min(64, _tile(tokens)))
+    if tokens <= 256:
+        return "rows", Cut(_tile(queries), 32, warps=8)
+    return "both", Cut(64, 64)
+
+
+def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDescriptor:
+    """Of x (B, N, ...): itself, or a descriptor of tiles of one head."""
+    if not bulk:
+        return x
+    flat = x.flatten(2)
+    return TensorDescriptor.from_tensor(flat, [1, rows, width])
+
+
+def _bulk(cut: Cut, *tensors: Tensor) -> bool:
+    """Whether to use the tensor copy engine, which wants aligned memory."""
+    return bool(cut.bulk) and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def _options(cut: Cut, width: int, scale: float, bulk: bool) -> dict:
+    bound = {"maxnreg": cut.registers} if cut.registers else {}
+    return dict(
+        SCALE=scale * LOG2_E, D=width, ROWS=cut.rows, CHUNK=cut.chunk, BULK=bulk,
+        num_warps=cut.warps, num_stages=cut.stages, **bound,
+    )  # fmt: skip
+
+
+def _launch_forward(qkv: Tensor, queries: int, scale: float, cut: Cut) -> tuple[Tensor, Tensor]:
+    images, tokens, _, heads, width = qkv.shape
+    y = qkv.new_empty((images, queries, heads * width))
+    lse = qkv.new_empty((images, heads, queries), dtype=torch.float32)
+    if images:
+        bulk = _bulk(cut, qkv, y)
+        _forward[(images * heads, triton.cdiv(queries, cut.rows))](
+            _operand(qkv, cut.rows, width, bulk), _operand(qkv, cut.chunk, width, bulk),
+            _operand(y, cut.rows, width, bulk), lse, tokens, queries, heads,
+            **_options(cut, width, scale, bulk),
+        )  # fmt: skip
+    return y, lse
+
+
+def _launch_backward(
+    qkv: Tensor, y: Tensor, dy: Tensor, lse: Tensor, scale: float, method: Method, cut: Cut
+) -> Tensor:
+    images, tokens, _, heads, width = qkv.shape
+    queries = y.shape[1]
+    dqkv = torch.empty_like(qkv)
+    if not images:
+        return dqkv
+    delta = torch.empty_like(lse) if method == "both" else None
+    bulk = _bulk(cut, qkv, y, dy, dqkv)
+    options = dict(FACTOR=scale, WHOLE=method != "both", **_options(cut, width, scale, bulk))
+
+    def operands(first: int, second: int, of_queries: int) -> tuple:
+        q, kv = (_operand(qkv, n, width, bulk) for n in (first, second))
+        dq, dkv = (_operand(dqkv, n, width, bulk) for n in (first, second))
+        out, g = (_operand(x, of_queries, width, bulk) for x in (y, dy))
+        return q, kv, out, g, lse, delta, dq, dkv, tokens, queries, heads
+
+    tiles = triton.cdiv(tokens, cut.rows) if method == "both" else 1
+    if method != "columns":
+        _backward_rows[(images * heads, tiles)](
+            *operands(cut.rows, cut.chunk, cut.rows), **options
+        )
+    if method != "rows":
+        _backward_columns[(images * heads, tiles)](
+            *operands(cut.chunk, cut.rows, cut.chunk), **options
+        )
+    return dqkv
+
+
+# ------------------------------------------------------------------ operators and their gradients
+
+
+@torch.library.custom_op("fastrecycle::packed_attention", mutates_args=())
+def _attention(
+    qkv: Tensor, queries: int, scale: float, forward: list[int], method: str, backward: list[int]
+) -> tuple[Tensor, Tensor]:
+    qkv = qkv.contiguous()
+    cut = Cut(*forward) if forward else forward_cut(qkv.shape[1], queries, qkv.dtype)
+    with torch.cuda.device_of(qkv):
+        return _launch_forward(qkv, queries, scale, cut)
+
+
+@_attention.register_fake
+def _(qkv, queries, scale, forward, method, backward):
+    images, _, _, heads, width = qkv.shape
+    y = qkv.new_empty((images, queries, heads * width))
+    return y, qkv.new_empty((images, heads, queries), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrecycle::packed_attention_backward", mutates_args=())
+def _attention_backward(
+    qkv: Tensor, y: Tensor, dy: Tensor, lse: Tensor, scale: float, method: str, backward: list[int]
+) -> Tensor:
+    if not method:
+        method, cut = backward_cut(qkv.shape[1], y.shape[1], qkv.dtype)
+    else:
+        cut = Cut(*backward)
+    with torch.cuda.device_of(qkv):
+        return _launch_backward(
+            qkv.contiguous(), y.contiguous(), dy.contiguous(), lse.contiguous(), scale, method, cut
+        )
+
+
+@_attention_backward.register_fake
+def _(qkv, y, dy, lse, scale, method, backward):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, _, ctx.scale, _, ctx.method, ctx.backward_cut = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient of L
+
+
+def _backward(ctx, dy, _):
+    dqkv = None
+    if dy is not None:
+        qkv, y, lse = ctx.saved_tensors
+        dqkv = _attention_backward(qkv, y, dy, lse, ctx.scale, ctx.method, ctx.backward_cut)
+    return dqkv, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------ functions
+
+
+def _check(qkv: Tensor, queries: int | None) -> int:
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"packed_attention: expected qkv (B, N, 3, H, d), got {tuple(qkv.shape)}")
+    if qkv.dtype not in DTYPES:
+        raise ValueError(f"packed_attention: expected one of {DTYPES}, got {qkv.dtype}")
+    if qkv.shape[-1] > WIDTHS[-1]:
+        raise ValueError(f"packed_attention: d must be at most {WIDTHS[-1]}, got {qkv.shape[-1]}")
+    tokens = qkv.shape[1]
+    queries = tokens if queries is None else queries
+    if not 1 <= queries <= tokens:
+        raise ValueError(f"packed_attention: queries must be in [1, {tokens}], got {queries}")
+    return queries
+
+
+def packed_attention(
+    qkv: Tensor,
+    *,
+    queries: int | None = None,
+    with_scores: bool = False,
+    forward: Sequence[int] = (),
+    backward: tuple[Method, Sequence[int]] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention of packed queries, keys and values.
+
+    Args:
+        qkv: (B, N, 3, H, d) in half or single precision; copied unless contiguous, and where d is
+            none of 16, 32, 64, 128.
+        queries: the first so many tokens ask, Q; None for all.
+        with_scores: also the head mean of the first token's row of P (LoRA Recycle, Eq. 5), which
+            has no gradient.
+        forward: a `Cut`; (): the launch table's.
+        backward: a method and its `Cut`, which for "rows" has at least Q rows, for "columns" N;
+            None: the launch table's.
+
+    Returns:
+        y (B, Q, H d); scores (B, N) float32, or None.
+
+    Raises:
+        ValueError: not such a tensor, or `queries` not in [1, N].
+
+    """
+    queries = _check(qkv, queries)
+    width = qkv.shape[-1]
+    padded = next(w for w in WIDTHS if w >= width)
+    scores = None
+    if with_scores:
+        scores = cls_scores(qkv[:, 0, 0], qkv[:, :, 1].transpose(1, 2))
+    x = qkv if padded == width else torch.nn.functional.pad(qkv, (0, padded - width))
+    method, cut = backward or ("", ())
+    y, _ = _attention(x, queries, width**-0.5, list(forward), method, list(cut))
+    if padded != width:
+        y = y.unflatten(2, (-1, padded))[..., :width].flatten(2)
+    return y, scores
+
+
+def attention_backward(
+    qkv: Tensor,
+    y: Tensor,
+    dy: Tensor,
+    lse: Tensor,
+    *,
+    method: Method | None = None,
+    cut: Sequence[int] = (),
+) -> Tensor:
+    """The gradient alone, for a forward pass made elsewhere.
+
+    Args:
+        qkv: (B, N, 3, H, d), d one of 16, 32, 64, 128.
+        y, dy: (B, Q, H d), the output and its gradient, in qkv's dtype.
+        lse: (B, H, Q) float32, the natural logarithm of each query's sum of exp S.
+        method, cut: as above.
+
+    Returns:
+        dqkv (B, N, 3, H, d), zeros for the queries of tokens that asked nothing.
+
+    """
+    if qkv.shape[-1] not in WIDTHS:
+        raise ValueError(f"attention_backward: d must be one of {WIDTHS}, got {qkv.shape[-1]}")
+    return _attention_backward(qkv, y, dy, lse, qkv.shape[-1] ** -0.5, method or "", list(cut))
