@@ -25,8 +25,9 @@ reference = importlib.import_module("fastrecycle_kernels.reference")
 
 EPS = 1e-5
 BF16 = torch.bfloat16 if on_gpu() else torch.float32  # the interpreter's bf16 is not to be trusted
-CUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4), (4, 4), (4, 8), (8, 8)]
-CUTS = CUTS if on_gpu() else [(4, 4)]
+CUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)] if on_gpu() else [(4, 4)]
+FEW = [(1, 1), (2, 2), (2, 4), (4, 4)] if on_gpu() else CUTS
+NARROW = [(2, 1), (4, 1), (4, 2), (4, 4), (8, 4), (16, 4)]
 
 
 @contextmanager
@@ -177,22 +178,21 @@ def backward(
 
 
 FP32 = torch.float32
-FEW = [(1, 1), (2, 2), (2, 4), (4, 4)]
 LARGE = 2**30 // (768 * 2)  # rows of a stream of 1 GiB
 CASES = {
     "forward_25": lambda: forward(4925, 768),
-    "forward_100": lambda: forward(19700, 768),
+    "forward_100": lambda: forward(19700, 768, compile=False),
     "forward_sparse": lambda: forward(5000, 768, compile=False, cuts=FEW),
-    "forward_fp32": lambda: forward(19700, 768, FP32),
+    "forward_fp32": lambda: forward(19700, 768, FP32, cuts=FEW),
     "forward_norm": lambda: forward(19700, 768, branch=False, compile=False, cuts=FEW),
-    "forward_192": lambda: forward(19700, 192, compile=False),
+    "forward_192": lambda: forward(19700, 192, compile=False, cuts=NARROW),
     "forward_512": lambda: forward(19700, 512, compile=False, cuts=FEW),
     "forward_1gib": lambda: forward(LARGE, 768, compile=False, cuts=FEW),
     "backward_25": lambda: backward(4925, 768),
-    "backward_100": lambda: backward(19700, 768),
+    "backward_100": lambda: backward(19700, 768, compile=False),
     "backward_sparse": lambda: backward(5000, 768, compile=False, cuts=FEW),
-    "backward_fp32": lambda: backward(19700, 768, FP32),
-    "backward_192": lambda: backward(19700, 192, compile=False),
+    "backward_fp32": lambda: backward(19700, 768, FP32, cuts=FEW),
+    "backward_192": lambda: backward(19700, 192, compile=False, cuts=NARROW),
     "backward_512": lambda: backward(19700, 512, compile=False, cuts=FEW),
     "backward_1gib": lambda: backward(LARGE, 768, compile=False, cuts=FEW),
 }

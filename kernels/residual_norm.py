@@ -88,9 +88,8 @@ def _backward(
 def _cut(width: int, rows: int, warps: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program; wider rows, fewer of them."""
     columns = triton.next_power_of_2(width)
-    while columns * rows > 4096 and rows > 1:
-        rows //= 2
-    return rows, columns, max(warps, columns // 512)  # a thread holds at most 128 numbers
+    rows = max(1, min(rows, 1024 * rows // columns))
+    return rows, columns, max(warps, columns // 1024)
 
 
 def _rows_of(x: Tensor) -> Tensor:
