@@ -27,11 +27,18 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
-    """Scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out)."""
+    """Scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out).
+
+    Without an index each LoRA has an equal share of consecutive images, the first LoRA the first.
+    """
     a, b, scale = lora
-    if index is None:  # one LoRA for all images
+    if index is None and len(a) == 1:
         a, b, scale = a[0], b[0], scale[0]
         return (x @ a.T) @ (b * scale).T
+    if index is None:
+        shares = x.unflatten(0, (len(a), x.shape[0] // len(a)))  # (G, B / G, N, D_in)
+        up = (b * scale[:, None, None])[:, None]
+        return ((shares @ a[:, None].mT) @ up.mT).flatten(0, 1)
     a, b, scale = a[index], b[index], scale[index]
     return (x @ a.transpose(1, 2)) @ (b * scale[:, None, None]).transpose(1, 2)
 
@@ -81,9 +88,9 @@ def residual_norm(
 
 def activation(u: Tensor, kind: str) -> Tensor:
     """GELU, u Phi(u), or "quick_gelu", u sigmoid(1.702 u)."""
-    to = wide(u)
     if kind == "quick_gelu":
-        return (u.to(to) * torch.sigmoid(1.702 * u.to(to))).to(u.dtype)
+        wider = u.to(wide(u))
+        return (wider * torch.sigmoid(1.702 * wider)).to(u.dtype)
     return torch.nn.functional.gelu(u)  # in float32 of itself
 
 
