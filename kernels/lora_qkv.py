@@ -6,13 +6,15 @@ Three methods, the same function up to rounding:
   pass   any LoRA for any image: x a^T (T, R) in a pass of its own, read in the product's epilogue.
          A tile of rows may span images: it adds one small product for each run of images of one
          LoRA, found from the index on the device.
-  merge  one LoRA: W + s b a in one pass over W, then the library's product.
+  merge  one LoRA, or equal shares of consecutive images for several: W + s b a in one pass over W,
+         then the library's product, for each share.
 The gradient: dx = dy W + s (dy b) a; da = s (dy b)^T x and db = s dy^T (x a^T), both from sums over
 tokens in a fixed number of parts that are then added in order. There is none for W, bias and s.
+With "merge" one kernel computes these parts from one read of x and dy (`_sweep`).
 
-B images, N tokens, T = B N rows, D width, R rank (padded to RANK), G LoRAs; position 0, 1, 2 is
-q, k, v; slot counts the positions that have a LoRA, TARGETS is their bit mask and COUNT their
-number.
+B images, N tokens, T = B N rows, D width, R rank (padded to RANK), G LoRAs, each with a share of
+T / G rows where there is no index; position 0, 1, 2 is q, k, v; slot counts the positions that have
+a LoRA, TARGETS is their bit mask and COUNT their number; S is the sum of all slots' ranks, padded.
 """
 
 from __future__ import annotations
@@ -325,27 +327,148 @@ def _pack(
 
 @triton.jit
 def _merge(
-    w, a, b, scales, ranks, merged,
+    w, a, b, scales, ranks, a_strides, b_strides, scale_strides, merged,
     WIDTH: tl.constexpr, TARGETS: tl.constexpr, COUNT: tl.constexpr, RANK: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """W + s b a of one LoRA, in float32 before it is rounded."""
-    position = tl.program_id(2)
+    """W + s b a of each LoRA (G, 3 D, D), in float32 before it is rounded."""
+    tiles: tl.constexpr = (WIDTH + M - 1) // M
+    position, g = tl.program_id(1) // tiles, tl.program_id(2).to(tl.int64)
     slot = _slot(position, TARGETS)
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    column = tl.program_id(1) * N + tl.arange(0, N)
+    row = tl.program_id(1) % tiles * M + tl.arange(0, M)
+    column = tl.program_id(0) * N + tl.arange(0, N)
     place = (position * WIDTH + row)[:, None] * WIDTH + column[None, :]
     mask = (row < WIDTH)[:, None] & (column < WIDTH)[None, :]
     tile = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
     if slot >= 0:
+        # sums of R products; a product of tiles would pad R to 16, on no tensor core in float32
         rank = _choose(ranks, slot, COUNT)
-        up = _up_tile(
-            _choose(b, slot, COUNT), _choose(scales, slot, COUNT), rank, 0, 0, 0, row, WIDTH, RANK,
-            tl.float32,
-        )  # fmt: skip
-        down = _down_tile(_choose(a, slot, COUNT), rank, 0, 0, column, WIDTH, RANK, tl.float32)
-        tile = tl.dot(up.T, down, tile, input_precision="ieee")
+        up = _choose(b, slot, COUNT) + g * _choose(b_strides, slot, COUNT)
+        down = _choose(a, slot, COUNT) + g * _choose(a_strides, slot, COUNT)
+        scale = tl.load(_choose(scales, slot, COUNT) + g * _choose(scale_strides, slot, COUNT))
+        for r in tl.range(0, rank, loop_unroll_factor=4):
+            left = tl.load(up + row * rank + r, mask=row < WIDTH, other=0.0).to(tl.float32)
+            right = tl.load(down + r * WIDTH + column, mask=column < WIDTH, other=0.0)
+            tile += (left * scale.to(tl.float32))[:, None] * right.to(tl.float32)[None, :]
+    merged += g * (3 * WIDTH * WIDTH)
     tl.store(merged + place, tile.to(merged.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------ kernels: da, db in one pass
+
+
+@triton.jit
+def _pack_all(
+    a, b, scales, ranks, a_strides, b_strides, scale_strides, packed,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Factors side by side (G, 1 + COUNT, S, D): a of all slots; s b^T of each, at its own rows."""
+    g, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(0) * K + tl.arange(0, K)
+    row = tl.arange(0, S)
+    tile = tl.zeros((S, K), tl.float32)
+    begin = 0
+    for slot in tl.static_range(COUNT):
+        rank = ranks[slot]
+        r = row - begin
+        mask = ((r >= 0) & (r < rank))[:, None] & (column < WIDTH)[None, :]
+        if which == 0:
+            place = r[:, None] * WIDTH + column[None, :]
+            tile += tl.load(a[slot] + g * a_strides[slot] + place, mask=mask, other=0.0)
+        elif which == slot + 1:
+            place = column[None, :] * rank + r[:, None]
+            scale = tl.load(scales[slot] + g * scale_strides[slot]).to(tl.float32)
+            tile += scale * tl.load(b[slot] + g * b_strides[slot] + place, mask=mask, other=0.0)
+        begin += rank
+    packed += (g * (COUNT + 1) + which) * (S * WIDTH)
+    place = row[:, None] * WIDTH + column[None, :]
+    tl.store(packed + place, tile.to(packed.dtype.element_ty), mask=(column < WIDTH)[None, :])
+
+
+@triton.jit
+def _sweep(
+    x, dy, packed, parts, ranks, share, part_size,
+    WIDTH: tl.constexpr, TARGETS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What some rows of a share add to da and db: (G, BLOCKS, 2, sum of ranks, D).
+
+    x is read once for x a^T and once more, from the L2 cache, for da; dy is read once, each tile
+    for s dy b and for db. The columns of both low products are those of all slots: s b^T is zero
+    at another slot's, and of db only a slot's own columns are written.
+    """
+    block, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    within = block * M + tl.arange(0, M)
+    row = (g * share + within)[:, None]
+    inside = (within < share)[:, None]
+    chunk, s = tl.arange(0, C), tl.arange(0, S)
+    dtype: tl.constexpr = x.dtype.element_ty
+    packed += g * ((COUNT + 1) * S * WIDTH)
+    factor = packed + s[:, None] * WIDTH + chunk[None, :]
+    parts += (g * tl.num_programs(0) + block) * part_size
+
+    wide_x = tl.zeros((M, S), tl.float32)
+    x_place = x + row * WIDTH + chunk[None, :]
+    for k in tl.range(0, WIDTH, C):
+        x_tile = tl.load(x_place + k, mask=inside, other=0.0, eviction_policy="evict_last")
+        wide_x = tl.dot(x_tile, tl.load(factor + k).T, wide_x, input_precision="ieee")
+    low_x = wide_x.to(dtype)
+
+    total = 0
+    for slot in tl.static_range(COUNT):
+        total += ranks[slot]
+    wide_dy = tl.zeros((M, S), tl.float32)
+    begin = 0
+    for slot in tl.static_range(COUNT):
+        rank = ranks[slot]
+        dy_place = dy + row * (3 * WIDTH) + _position(slot, TARGETS) * WIDTH + chunk[None, :]
+        own = ((s >= begin) & (s < begin + rank))[None, :]
+        db = parts + (total + begin) * WIDTH + chunk[:, None] * rank + (s - begin)[None, :]
+        factor += S * WIDTH
+        for k in tl.range(0, WIDTH, C):
+            dy_tile = tl.load(dy_place + k, mask=inside, other=0.0, eviction_policy="evict_first")
+            wide_dy = tl.dot(dy_tile, tl.load(factor + k).T, wide_dy, input_precision="ieee")
+            part = tl.dot(dy_tile.T, low_x, input_precision="ieee")
+            tl.store(db + k * rank, part, mask=own)
+        begin += rank
+    low_dy = wide_dy.to(dtype)
+
+    da = parts + s[None, :] * WIDTH + chunk[:, None]
+    for k in tl.range(0, WIDTH, C):
+        x_tile = tl.load(x_place + k, mask=inside, other=0.0, eviction_policy="evict_first")
+        part = tl.dot(x_tile.T, low_dy, input_precision="ieee")
+        tl.store(da + k, part, mask=(s < total)[None, :])
+
+
+@triton.jit
+def _sweep_sum(
+    parts, da, db, scales, ranks, scale_strides, blocks, part_size,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Add a share's parts, always in the same order: da (G, R, D) and db (G, D, R) of each slot."""
+    side, slot = tl.program_id(1) // COUNT, tl.program_id(1) % COUNT
+    g = tl.program_id(2).to(tl.int64)
+    total, begin = 0, 0
+    for j in tl.static_range(COUNT):
+        begin += tl.where(j < slot, ranks[j], 0)
+        total += ranks[j]
+    size = _choose(ranks, slot, COUNT) * WIDTH
+    element = tl.program_id(0) * E + tl.arange(0, E)
+    parts += g * blocks * part_size + (side * total + begin) * WIDTH + element[None, :]
+    sums = tl.zeros((P, E), tl.float32)
+    for p in range(0, blocks, P):
+        block = p + tl.arange(0, P)
+        mask = (block < blocks)[:, None] & (element < size)[None, :]
+        sums += tl.load(parts + block.to(tl.int64)[:, None] * part_size, mask=mask, other=0.0)
+    value = tl.sum(sums, 0)
+    if side == 0:
+        out = _choose(da, slot, COUNT)
+        tl.store(out + g * size + element, value.to(out.dtype.element_ty), mask=element < size)
+    else:
+        out = _choose(db, slot, COUNT)
+        scale = tl.load(_choose(scales, slot, COUNT) + g * _choose(scale_strides, slot, COUNT))
+        value *= scale.to(tl.float32)
+        tl.store(out + g * size + element, value.to(out.dtype.element_ty), mask=element < size)
 
 
 # ------------------------------------------------------------------ kernels: gradients of a, b
@@ -446,6 +569,22 @@ FLOAT32 = Tile(64, 64, 16, 8, 2, halves=False)  # for checks: IEEE products run 
 PROJECT_ROWS, PROJECT_DEPTH, PROJECT_WARPS = 32, 128, 4
 PART_COLUMNS, PART_ROWS, PART_PROGRAMS = 128, 64, 256
 SINGLE_ROWS = 256  # rows that stand for an image in sums over the tokens of one LoRA
+MERGE_ROWS, MERGE_COLUMNS, MERGE_WARPS = 16, 256, 4
+SUM_PARTS, SUM_ELEMENTS = 32, 64
+FUSED_RANKS = 32  # of all slots together: what _sweep takes; parts grow with them, rows do not
+
+
+class Sweep(NamedTuple):
+    """How _sweep is cut: rows of a program, columns of a tile, and how a program runs."""
+
+    m: int = 128
+    c: int = 128
+    warps: int = 4
+    stages: int = 3
+
+
+SWEEP = Sweep()
+SWEEP_FLOAT32 = Sweep(64, 32, 4, 2)
 
 
 def _dense(x: Tensor, width: int) -> Tensor:
@@ -689,16 +828,110 @@ def launch_factor_grad(
     return da, db
 
 
+def launch_pack_all(factors: _Factors, width: int, dtype: torch.dtype) -> Tensor:
+    """Factors of all slots side by side: (G, 1 + COUNT, S, D), S the padded sum of ranks."""
+    padded = max(16, triton.next_power_of_2(sum(factors.ranks)))
+    count, groups = factors.count, factors.groups
+    packed = torch.empty(
+        (groups, 1 + count, padded, width), dtype=dtype, device=factors.a[0].device
+    )
+    k = min(128, triton.next_power_of_2(width))
+    _pack_all[(triton.cdiv(width, k), 1 + count, groups)](
+        factors.a, factors.b, factors.scale, factors.ranks, factors.strides("a"),
+        factors.strides("b"), factors.strides("scale"), packed,
+        WIDTH=width, COUNT=count, S=padded, K=k, num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+def _fit_sweep(
+    sweep: Sweep, width: int, share: int, groups: int, dtype: torch.dtype, chip: Chip
+) -> Sweep:
+    """The cut with columns that divide the width, and with work for every processor."""
+    if dtype == torch.float32:
+        sweep = SWEEP_FLOAT32
+    m = sweep.m
+    while m > 64 and triton.cdiv(share, m) * groups < chip.processors:
+        m //= 2
+    return sweep._replace(m=m, c=min(sweep.c, width & -width))
+
+
+def launch_sweep(
+    dy: Tensor, x: Tensor, packed: Tensor, factors: _Factors, sweep: Sweep
+) -> tuple[Tensor, int]:
+    """Parts of both gradients, from dy (T, 3 D) and x (T, D), and how many each share has."""
+    rows, width = x.shape
+    share, size = rows // factors.groups, 2 * sum(factors.ranks) * width
+    blocks = triton.cdiv(share, sweep.m)
+    parts = torch.empty((factors.groups, blocks, size), dtype=torch.float32, device=x.device)
+    _sweep[(blocks, factors.groups)](
+        x, dy, packed, parts, factors.ranks, share, size,
+        WIDTH=width, TARGETS=factors.targets, COUNT=factors.count, S=packed.shape[2],
+        M=sweep.m, C=sweep.c, num_warps=sweep.warps, num_stages=sweep.stages,
+    )  # fmt: skip
+    return parts, blocks
+
+
+def launch_fused_factor_grad(
+    dy: Tensor, x: Tensor, factors: _Factors, sweep: Sweep = SWEEP
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both gradients of each slot, from dy (T, 3 D) and x (T, D); each LoRA has an equal share."""
+    rows, width = x.shape
+    groups, count = factors.groups, factors.count
+    sweep = _fit_sweep(sweep, width, rows // groups, groups, x.dtype, _chip(x.device))
+    packed = launch_pack_all(factors, width, x.dtype)
+    parts, blocks = launch_sweep(dy, x, packed, factors, sweep)
+    da = [torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in factors.a]
+    db = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in factors.b]
+    _sweep_sum[(triton.cdiv(max(factors.ranks) * width, SUM_ELEMENTS), 2 * count, groups)](
+        parts, tuple(da), tuple(db), factors.scale, factors.ranks, factors.strides("scale"),
+        blocks, parts.shape[2],
+        WIDTH=width, COUNT=count, P=SUM_PARTS, E=SUM_ELEMENTS, num_warps=4,
+    )  # fmt: skip
+    return da, db
+
+
 def launch_merge(weight: Tensor, factors: _Factors) -> Tensor:
-    """W + s b a of one LoRA."""
-    width = weight.shape[1]
-    merged = torch.empty_like(weight)
-    m = min(64, triton.next_power_of_2(width))
-    _merge[(triton.cdiv(width, m), triton.cdiv(width, m), 3)](
-        weight, factors.a, factors.b, factors.scale, factors.ranks, merged,
-        M=m, N=m, num_warps=4, **factors.constants(width),
+    """W + s b a of each LoRA: (G, 3 D, D)."""
+    width, groups = weight.shape[1], factors.groups
+    merged = torch.empty((groups, *weight.shape), dtype=weight.dtype, device=weight.device)
+    m, n = MERGE_ROWS, min(MERGE_COLUMNS, triton.next_power_of_2(width))
+    _merge[(triton.cdiv(width, n), 3 * triton.cdiv(width, m), groups)](
+        weight, factors.a, factors.b, factors.scale, factors.ranks, factors.strides("a"),
+        factors.strides("b"), factors.strides("scale"), merged,
+        M=m, N=n, num_warps=MERGE_WARPS, **factors.constants(width),
     )  # fmt: skip
     return merged
+
+
+def _shares_forward(x: Tensor, merged: Tensor, bias: Tensor | None) -> Tensor:
+    """Each share of x (B, N, D) by its merged weight, one product of the library after the other.
+
+    A batched product could not add the bias where it writes: it would first spread the bias over
+    the output and read it back, some 2 x 6 D bytes a row, which costs more than what the shares'
+    last waves of tiles leave idle.
+    """
+    groups, out, width = merged.shape
+    share = x.shape[0] * x.shape[1] // groups
+    y = x.new_empty((*x.shape[:2], out))
+    x_shares, y_shares = x.reshape(groups, share, width), y.view(groups, share, out)
+    for x_rows, w, y_rows in zip(x_shares, merged, y_shares, strict=True):
+        if bias is None:
+            torch.mm(x_rows, w.T, out=y_rows)
+        else:
+            torch.addmm(bias, x_rows, w.T, out=y_rows)
+    return y
+
+
+def _shares_input_grad(dy: Tensor, merged: Tensor) -> Tensor:
+    """The gradient of x (B, N, D), of all shares in one batched product."""
+    groups, out, width = merged.shape
+    rows = dy.reshape(groups, dy.shape[0] * dy.shape[1] // groups, out)
+    return torch.bmm(rows, merged).view(*dy.shape[:2], width)
+
+
+def _index_of_shares(images: int, groups: int, device: torch.device) -> Tensor:
+    return torch.arange(images, device=device) // max(1, images // groups)
 
 
 # ------------------------------------------------------------------ operators and their gradients
@@ -720,13 +953,17 @@ def _lora_qkv(
     positions: list[int],
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, N, 3 D); x a^T (COUNT, T, RANK), or W + s b a: the other one is empty."""
+    """Returns y (B, N, 3 D); x a^T (COUNT, T, RANK), or W + s b a (G, 3 D, D); the other: empty."""
     images, tokens, width = x.shape
     factors = _factors(a, b, scale, positions)
     if method == "merge":
         with torch.cuda.device_of(x):
             merged = launch_merge(weight.contiguous(), factors)
-        return torch.nn.functional.linear(x, merged, bias), _empty(x), merged
+        if factors.groups == 1:
+            y = torch.nn.functional.linear(x, merged[0], bias)
+        else:
+            y = _shares_forward(x, merged, bias)
+        return y, _empty(x), merged
     flat = _dense(x, width)
     if len(flat) == 0:
         low = x.new_empty((factors.count, 0, factors.padded))
@@ -748,7 +985,7 @@ def _lora_qkv(
 def _(x, weight, bias, a, b, scale, index, positions, method):
     y = x.new_empty((*x.shape[:2], weight.shape[0]))
     if method == "merge":
-        return y, _empty(x), weight.new_empty(weight.shape)
+        return y, _empty(x), weight.new_empty((a[0].shape[0], *weight.shape))
     low = x.new_empty((len(a), x.shape[0] * x.shape[1], _padded_rank(a)))
     return y, low, _empty(weight)
 
@@ -838,6 +1075,40 @@ def _(dy, x, low_x, low_dy, a, b, scale, index, positions):
     )
 
 
+@torch.library.custom_op("fastrecycle::lora_qkv_fused_factor_grad", mutates_args=())
+def _lora_qkv_fused_factor_grad(
+    dy: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scale: list[Tensor],
+    positions: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both gradients of each slot, where each LoRA has an equal share of the images."""
+    factors = _factors(a, b, scale, positions)
+    dy_rows, x_rows = _dense(dy, dy.shape[2]), _dense(x, x.shape[2])
+    if len(x_rows) == 0:
+        return [torch.zeros_like(v) for v in a], [torch.zeros_like(v) for v in b]
+    with torch.cuda.device_of(x):
+        if sum(factors.ranks) <= FUSED_RANKS:
+            return launch_fused_factor_grad(dy_rows, x_rows, factors)
+        images, tokens = x.shape[:2]
+        index = None
+        if factors.groups > 1:
+            index = _index_of_shares(images, factors.groups, x.device)
+        low_x = launch_project(x_rows, factors, index, tokens, up=False)
+        low_dy = launch_project(dy_rows, factors, index, tokens, up=True)
+        return launch_factor_grad(dy_rows, x_rows, low_x, low_dy, factors, index, tokens)
+
+
+@_lora_qkv_fused_factor_grad.register_fake
+def _(dy, x, a, b, scale, positions):
+    return (
+        [v.new_empty(v.shape) for v in a],
+        [v.new_empty(v.shape) for v in b],
+    )
+
+
 def _save(ctx, inputs, output):
     x, weight, _, a, b, scale, index, ctx.positions, ctx.method = inputs
     _, low, merged = output
@@ -852,20 +1123,24 @@ def _backward(ctx, dy, _low, _merged):
     x, weight, low, index, *factors = ctx.saved_tensors
     n, positions = ctx.count, ctx.positions
     a, b, scale = factors[:n], factors[n : 2 * n], factors[2 * n :]
-    dx, da, db, low_dy = None, [None] * n, [None] * n, None
-    if dy is not None and ctx.needs_input_grad[0]:
-        if ctx.method == "merge":
-            dx = dy @ weight
-        else:
+    dx, da, db = None, [None] * n, [None] * n
+    if dy is None:
+        pass
+    elif ctx.method == "merge":
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight[0] if len(weight) == 1 else _shares_input_grad(dy, weight)
+        if ctx.train:
+            da, db = _lora_qkv_fused_factor_grad(dy, x, a, b, scale, positions)
+    else:
+        low_dy = None
+        if ctx.needs_input_grad[0]:
             dx, low_dy = _lora_qkv_input_grad(
                 dy, weight, a, b, scale, index, positions, ctx.method == "loop"
             )
-    if dy is not None and ctx.train:
-        if low_dy is None:
-            low_dy = _lora_qkv_project(dy, a, b, scale, index, positions, True)
-        if ctx.method == "merge":
-            low = _lora_qkv_project(x, a, b, scale, index, positions, False)
-        da, db = _lora_qkv_factor_grad(dy, x, low, low_dy, a, b, scale, index, positions)
+        if ctx.train:
+            if low_dy is None:
+                low_dy = _lora_qkv_project(dy, a, b, scale, index, positions, True)
+            da, db = _lora_qkv_factor_grad(dy, x, low, low_dy, a, b, scale, index, positions)
     return dx, None, None, da, db, [None] * n, None, None, None
 
 
@@ -891,7 +1166,7 @@ def merged_weight(weight: Tensor, lora: dict[str, LowRank]) -> Tensor:
         return weight
     a, b, scale = ([lora[POSITIONS[p]][i].detach() for p in positions] for i in range(3))
     with torch.no_grad(), torch.cuda.device_of(weight):
-        return launch_merge(weight.contiguous(), _factors(a, b, scale, positions))
+        return launch_merge(weight.contiguous(), _factors(a, b, scale, positions))[0]
 
 
 def lora_qkv(
@@ -912,12 +1187,14 @@ def lora_qkv(
         x: (B, N, D).
         weight: (3 D, D), frozen; bias (3 D,), frozen, or None.
         lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}, R at most 64.
-        index: (B,) int64, the LoRA of each image, not checked to be in [0, G); None when G = 1.
-        method: see above; None: "merge" for one LoRA, "pass" for many.
+        index: (B,) int64, the LoRA of each image, not checked to be in [0, G); None: each LoRA
+            has B / G consecutive images, the first LoRA the first.
+        method: see above; None: "pass" where there is an index, "merge" where there is none.
 
     Raises:
         ValueError: a gradient of the weight, the bias or a scale is asked for; D is no multiple of
-            16; a rank above 64; "loop" or "merge" with several LoRAs.
+            16; a rank above 64; B is no multiple of G, without an index; "merge" with an index;
+            "loop" with several LoRAs.
 
     """
     width = x.shape[-1]
@@ -939,12 +1216,21 @@ def lora_qkv(
     rank = max(v.shape[1] for v in a)
     if rank > LARGEST_RANK:
         raise ValueError(f"lora_qkv: ranks up to {LARGEST_RANK} are supported, got {rank}")
-    if a[0].shape[0] == 1:
+    groups, images = a[0].shape[0], x.shape[0]
+    if groups == 1:
         index = None
+    elif index is None and images % groups:
+        raise ValueError(
+            f"lora_qkv: {images} images are no equal shares for {groups} LoRAs; give an index"
+        )
     if method is None:
         method = "merge" if index is None else "pass"
-    if method != "pass" and index is not None:
-        raise ValueError(f'lora_qkv: "{method}" takes one LoRA, got {a[0].shape[0]}; use "pass"')
+    if method == "merge" and index is not None:
+        raise ValueError('lora_qkv: "merge" takes no index; use "pass"')
+    if method == "loop" and groups > 1:
+        raise ValueError(f'lora_qkv: "loop" takes one LoRA, got {groups}; use "pass"')
+    if method == "pass" and groups > 1 and index is None:
+        index = _index_of_shares(images, groups, x.device)
     scale = [s.detach() for s in scale]
     y, _, _ = _lora_qkv(x, weight, bias, a, b, scale, index, positions, method)
     return y.unflatten(-1, (3, -1))
