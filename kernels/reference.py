@@ -125,6 +125,18 @@ def cls_scores(q_cls: Tensor, k: Tensor) -> Tensor:
         return scores.softmax(-1).mean(1)
 
 
+def packed_attention(
+    qkv: Tensor, *, queries: int | None = None, with_scores: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the first `queries` tokens, and the CLS scores, which carry no gradient.
+
+    qkv (B, N, 3, H, d) -> (B, Q, H d), and (B, N) float32 or None.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+    scores = cls_scores(q[:, :, 0], k).detach() if with_scores else None
+    return attention(q[:, :, :queries], k, v).transpose(1, 2).flatten(2), scores
+
+
 def token_gather(x: Tensor, index: Tensor) -> Tensor:
     """The tokens at `index`: (B, N, D) and (B, k) -> (B, k, D); or flat (T',) -> packed (T', D)."""
     if index.ndim == 1:
