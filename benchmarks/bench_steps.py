@@ -5,7 +5,7 @@ under results/. Variants take turns in one process: the eager fp32 reference in 
 precision (TF32 convolutions, IEEE products), the same with TF32 products and with bf16 autocast,
 the strongest plain PyTorch version (bf16, `torch.compile`, one CUDA graph), and ours. ViT-B/16 and
 ResNet-50 at their true shapes with random weights; on the CPU toy shapes, which say nothing of
-speed.
+speed. The floor of a row is what its products take at the rates measured in the same run.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import argparse
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from bench_prior import resnet_state
-from timing import Timing, device, measure, on_gpu, record, table
+from timing import copy_bandwidth, device, measure, on_gpu, record, sets_for, table
 from torch import Tensor
 
 from fastrecycle import LoRA, flops
@@ -29,13 +29,16 @@ from fastrecycle.lora import Head
 from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import ResNetPrior
-from fastrecycle.vit import ViT
+from fastrecycle.pruning import kept_count, patches_after_blocks
+from fastrecycle.vit import PRESETS, ViT
 
 PRESET = "vit_b_16" if on_gpu() else "demo"
 WAYS, IMAGES = (5, 5) if on_gpu() else (2, 1)  # of an inverted task: the paper's batch of 25
 QUERIES = 19 if on_gpu() else 2  # 5 ways of 1 + 19 images: the paper's batch of 100
 TABLE_4 = ({}, {11: 0.75}, {8: 0.75}, {6: 0.75}, {3: 0.3, 6: 0.3, 8: 0.3, 11: 0.3})
 TABLE_5 = (0.0, 0.25, 0.5, 0.75)
+RESNET50_MULTIPLY_ADDS = 4.09e9  # of one image of 224 pixels
+RESNET50_BN_NUMBERS = 11.1e6  # inputs of all BatchNorms
 # The paper's iterations a second, on a GPU that it does not name.
 PAPER = {
     "inversion": dict(zip(map(str, TABLE_4), (5.56, 5.81, 6.22, 7.15, 6.13), strict=True)),
@@ -127,86 +130,176 @@ def meta(way: Way, sparsity: float) -> MetaTrainer:
     return MetaTrainer(vit, pool(vit), config, precision=way.precision, backend=way.backend)
 
 
-def build(make: Callable[[], InversionGroup | MetaTrainer], tf32: bool) -> tuple[Callable, float]:
-    """A step, warm, and the peak memory of two of them in GiB."""
+FIRST = 3  # steps whose losses are compared
+
+
+def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
+    """A step, warm; the peak memory of the first ones in GiB; their losses."""
     torch.manual_seed(0)
+    before = 0
     if on_gpu():
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    stage = make()
+    stage = make(way)
 
     def step() -> Tensor:
-        with products(tf32):
+        with products(way.tf32):
             return stage.step()["loss"]
 
-    step(), step()
+    losses = torch.tensor([step().float().mean().item() for _ in range(FIRST)])
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu() else 0.0
-    return step, peak
+    return step, peak, losses
 
 
-def check(make: Make, ways: dict[str, Way]) -> None:
+def check(curves: dict[str, Tensor]) -> None:
     """The losses of the first steps, each no further from fp32 than twice eager bf16.
 
     Raises:
         AssertionError: one is.
 
     """
-
-    def curve(way: Way) -> Tensor:
-        torch.manual_seed(0)
-        stage = make(way)
-        with products(way.tf32):
-            losses = [stage.step()["loss"].float().mean().item() for _ in range(3)]
-        return torch.tensor(losses)
-
-    exact = curve(WAYS_OF["reference"])
-    allowed = 2 * (curve(Way("reference", "bf16")) - exact).abs() + 2e-3 * exact.abs()
-    for name, way in ways.items():
-        error = (curve(way) - exact).abs()
+    exact = curves["reference"]
+    allowed = 2 * (curves["reference, bf16"] - exact).abs() + 2e-3 * exact.abs()
+    for name, curve in curves.items():
+        error = (curve - exact).abs()
         assert (error <= allowed).all(), (name, error, allowed)
 
 
-def cases(loop: str, without_prior: bool) -> dict[str, tuple[float, Make]]:
-    """GFLOPs of an image and maker of each setting."""
+# ------------------------------------------------------------------ floors
+
+
+@cache
+def product_ms(rows: int, into: int, out: int, backward: bool = True) -> float:
+    """Milliseconds of x W^T in bf16 and, with `backward`, of dy W."""
+    dtype = torch.bfloat16
+    sets = sets_for(rows * (into + out) * 2, most=4)
+    xs = [torch.randn(rows, into, device=device(), dtype=dtype) for _ in range(sets)]
+    dys = [torch.randn(rows, out, device=device(), dtype=dtype) for _ in range(sets)]
+    weight = torch.randn(out, into, device=device(), dtype=dtype)
+    calls = {"forward": [partial(torch.nn.functional.linear, x, weight) for x in xs]}
+    if backward:
+        calls["backward"] = [partial(torch.matmul, dy, weight) for dy in dys]
+    return sum(t.median_ms for t in measure(calls, 7).values())
+
+
+@cache
+def bandwidth() -> float:
+    """Bytes a second of a copy."""
+    return copy_bandwidth(2**31 if on_gpu() else 2**20)
+
+
+def products_ms(images: int, prune: dict[int, float], sparsity: float, pixels: bool) -> float:
+    """All products of the backbone, forward and back to its input; of what a step has to compute.
+
+    Args:
+        images: B.
+        prune, sparsity: see `flops`.
+        pixels: whether the gradient goes back to the pixels, or only to the first block's LoRA.
+
+    """
+    config = PRESETS[PRESET]
+    d, prefix = config.width, config.prefix_tokens
+    n = kept_count(config.patches, sparsity)
+    total = product_ms(images * n, 3 * config.patch_size**2, d, pixels)
+    for i, after in enumerate(patches_after_blocks(n, config.depth, prune)):
+        total += product_ms(images * (n + prefix), d, 3 * d, pixels or i > 0)
+        # of the last block's other products only the CLS token's matter
+        before, left = (n, after) if i < config.depth - 1 else (1 - prefix, 1 - prefix)
+        total += product_ms(images * (before + prefix), d, d)
+        total += product_ms(images * (left + prefix), d, config.mlp_dim)
+        total += product_ms(images * (left + prefix), config.mlp_dim, d)
+        n = after
+    return total
+
+
+def prior_ms(images: int) -> tuple[float, float]:
+    """The prior by arithmetic and by bytes.
+
+    Multiply-adds of ResNet-50's convolutions, forward and back to their inputs, at the rate of the
+    backbone's largest product. Each BatchNorm's input written and read, its output written and read
+    by the next convolution; back the same, and the input once more: nine times its size.
+    """
+    config = PRESETS[PRESET]
+    rows = images * (config.patches + config.prefix_tokens)
+    rate = 4 * rows * config.width * config.mlp_dim / product_ms(rows, config.width, config.mlp_dim)
+    arithmetic = 4 * images * RESNET50_MULTIPLY_ADDS / rate
+    moved = 9 * 2 * images * RESNET50_BN_NUMBERS
+    return arithmetic, 1000 * moved / bandwidth()
+
+
+def floor_ms(loop: str, prune: dict[int, float], sparsity: float, prior: bool) -> float:
+    """What a step cannot undercut: its products, or the prior's bytes where those take longer."""
     if loop == "meta":
-        return {str(s): (flops(PRESET, sparsity=s), partial(meta, sparsity=s)) for s in TABLE_5}
-    found = {
-        str(p): (flops(PRESET, prune=p), partial(inversion, prune=p, prior=True)) for p in TABLE_4
-    }
-    for prune in ({}, {6: 0.75}) if without_prior else ():
-        make = partial(inversion, prune=prune, prior=False)
-        found[f"{prune}, no prior"] = (flops(PRESET, prune=prune), make)
-    return found
+        return products_ms(WAYS * (1 + QUERIES), {}, sparsity, pixels=False)
+    images = WAYS * IMAGES
+    total = products_ms(images, prune, 0.0, pixels=True)
+    if not prior:
+        return total
+    arithmetic, by_bytes = prior_ms(images)
+    return max(total + arithmetic, by_bytes)  # as if the two overlapped perfectly
 
 
-def rows(loop: str, ways: dict[str, Way], repeats: int, without_prior: bool) -> list[dict]:
+# ------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of Table 4 or 5."""
+
+    name: str
+    make: Make
+    gflops: float  # of an image, by the paper's definition
+    floor: Callable[[], float]
+
+
+def settings(loop: str, without_prior: bool) -> list[Setting]:
+    """All rows of a loop's table."""
+    if loop == "meta":
+        return [
+            Setting(
+                str(s), partial(meta, sparsity=s), flops(PRESET, sparsity=s),
+                partial(floor_ms, loop, {}, s, False),
+            )
+            for s in TABLE_5
+        ]  # fmt: skip
+    rows = [(prune, True) for prune in TABLE_4]
+    rows += [({}, False), ({6: 0.75}, False)] if without_prior else []
+    return [
+        Setting(
+            str(prune) + ("" if prior else ", no prior"),
+            partial(inversion, prune=prune, prior=prior), flops(PRESET, prune=prune),
+            partial(floor_ms, loop, prune, 0.0, prior),
+        )
+        for prune, prior in rows
+    ]  # fmt: skip
+
+
+def rows(loop: str, ways: dict[str, Way], repeats: int, chosen: list[Setting]) -> list[dict]:
     """One row a setting and variant; ratios are against the reference and against compile."""
-    found = []
-    for setting, (cost, make) in cases(loop, without_prior).items():
-        check(make, ways)
-        built = {name: build(partial(make, way), way.tf32) for name, way in ways.items()}
-        times = measure({n: step for n, (step, _) in built.items()}, repeats, graph=False)
+    found: list[dict] = []
+    ways = {"reference": WAYS_OF["reference"], "reference, bf16": WAYS_OF["reference, bf16"]} | ways
+    for setting in chosen:
+        built = {name: build(setting.make, way) for name, way in ways.items()}
+        check({name: losses for name, (_, _, losses) in built.items()})
+        times = measure({n: step for n, (step, _, _) in built.items()}, repeats, graph=False)
+        floor = setting.floor()
         for name, time in times.items():
-            found.append(row(loop, setting, cost, name, time, times, built[name][1]))
+            over = {
+                f"x {other}": times[other].median_ms / time.median_ms
+                for other in ("reference", "compile")
+                if other in times
+            }
+            found.append({
+                "setting": setting.name, "variant": name, "ms": time.median_ms,
+                "p20_ms": time.p20_ms, "p80_ms": time.p80_ms, "it/s": 1000 / time.median_ms,
+                "GiB": built[name][1], "GFLOPs": setting.gflops, **over,
+                "floor_ms": floor, "of floor": floor / time.median_ms,
+                "paper it/s": PAPER[loop].get(setting.name, ""),
+            })  # fmt: skip
         print(table(found[-len(times) :]), flush=True)
+        del built
     return found
-
-
-def row(
-    loop: str, setting: str, cost: float, name: str, time: Timing, times: dict[str, Timing],
-    peak: float,
-) -> dict:  # fmt: skip
-    over = {
-        f"x {other}": times[other].median_ms / time.median_ms
-        for other in ("reference", "compile")
-        if other in times
-    }
-    return {
-        "setting": setting, "variant": name, "ms": time.median_ms, "p20_ms": time.p20_ms,
-        "p80_ms": time.p80_ms, "it/s": 1000 / time.median_ms, "GiB": peak, "GFLOPs": cost, **over,
-        "paper it/s": PAPER[loop].get(setting, ""),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("loop", ["inversion", "meta"])
@@ -214,8 +307,8 @@ def test_steps(benchmark, loop):
     """On the CPU the reference alone, at toy shapes."""
     way = WAYS_OF["ours" if on_gpu() else "reference"]
     options = {"prune": {6: 0.75}, "prior": True} if loop == "inversion" else {"sparsity": 0.75}
-    make = partial(inversion if loop == "inversion" else meta, way, **options)
-    step, _ = build(make, False)
+    make = partial(inversion if loop == "inversion" else meta, **options)
+    step, _, _ = build(make, way)
 
     def timed() -> None:
         step()
@@ -228,13 +321,17 @@ def test_steps(benchmark, loop):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("loop", choices=["inversion", "meta"])
-    parser.add_argument("--ways", nargs="*", default=list(WAYS_OF) if on_gpu() else ["reference"])
+    parser.add_argument("--ways", nargs="*", default=list(WAYS_OF))
+    parser.add_argument("--settings", nargs="*", default=[], help="rows, by number; all by default")
     parser.add_argument("--repeats", type=int, default=20 if on_gpu() else 1)
     parser.add_argument("--no-prior", action="store_true", help="also rows without R_BN")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    ways = {name: WAYS_OF[name] for name in options.ways}
-    found = rows(options.loop, ways, options.repeats, options.no_prior)
+    chosen = settings(options.loop, options.no_prior)
+    if options.settings:
+        chosen = [chosen[int(i)] for i in options.settings]
+    ways = {name: WAYS_OF[name] for name in options.ways if on_gpu() or name != "ours"}
+    found = rows(options.loop, ways, options.repeats, chosen)
     print(table(found))
     if options.record:
         record(f"steps_{options.loop}", found)

@@ -9,6 +9,7 @@ depend on values, randomness only from device generators or from tables, learnin
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -135,6 +136,36 @@ def capture(
     # Recording runs nothing, so the state still is what it was.
     outputs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outputs)
     return Captured(graph, inputs, outputs, torch.cuda.memory_reserved() - reserved)
+
+
+class Graphs:
+    """A function of tensors, recorded once for each combination of their shapes.
+
+    Args:
+        function: see `capture`; it changes no tensor.
+        most: recordings kept; the one unused for longest goes first, and its memory with it.
+
+    """
+
+    def __init__(self, function: Callable[..., Any], most: int = 4):
+        if most < 1:
+            raise ValueError(f"Graphs: most must be at least 1, got {most}")
+        self.function, self.most = function, most
+        self._recorded: OrderedDict[tuple, Captured] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Recordings kept."""
+        return len(self._recorded)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The function's outputs, overwritten by the next call of the same shapes."""
+        key = tuple((tuple(x.shape), x.dtype) for x in inputs)
+        if key not in self._recorded:
+            if len(self) == self.most:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = capture(self.function, *inputs)
+        self._recorded.move_to_end(key)
+        return self._recorded[key](*inputs)
 
 
 @torch.no_grad()

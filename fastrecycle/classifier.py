@@ -14,7 +14,10 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import Tensor
 
+from fastrecycle.capture import Graphs
 from fastrecycle.lora import LoRA
+from fastrecycle.ops import Backend, Impl, autocast, impl_of, resolve_backend
+from fastrecycle.pruning import PruneSchedule
 from fastrecycle.vit import ViT
 
 Distance = Literal["euclidean", "squared", "cosine"]
@@ -52,6 +55,64 @@ def class_means(features: Tensor, ways: int) -> Tensor:
     return features.unflatten(-2, (ways, -1)).mean(-2)
 
 
+class Embedder:
+    """Features of batches of images under one LoRA, as fast as the device does them.
+
+    On CUDA each shape of batch is recorded once as a CUDA graph; a smaller last batch is filled up
+    rather than recorded. A LoRA already on the device is read anew at each call, the backbone's weights
+    when this is made.
+
+    Args:
+        vit: the backbone.
+        lora: see `ViT.encode`; None for none.
+        prune: see `ViT.encode`.
+        precision: "fp32" or "bf16".
+        backend: see `fastrecycle.ops`; "compile" records the plain operations.
+
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        lora: LoRA | None = None,
+        *,
+        prune: PruneSchedule | None = None,
+        precision: str = "fp32",
+        backend: Backend = "reference",
+    ):
+        self.device = vit.pos_embed.device
+        resolved = resolve_backend(backend, self.device)
+        if resolved != "reference" and precision == "bf16":
+            vit = vit.prepared(torch.bfloat16)
+        self.vit, self.prune, self.precision = vit, prune, precision
+        self.lora = None if lora is None else lora.to(self.device)
+        # in fp32 our kernels only serve checks
+        self.impl: Impl = impl_of(resolved) if precision == "bf16" else "reference"
+        self.graphs = None
+        if resolved != "reference" and self.device.type == "cuda":
+            self.graphs = Graphs(self._forward)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(self.device, self.precision):
+            return self.vit(images, self.lora, prune=self.prune, impl=self.impl).float()
+
+    def __call__(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, features) float32.
+
+        Args:
+            images: one batch.
+            batch_size: images that a full batch of this caller has.
+
+        """
+        images = images.to(self.device)
+        if self.graphs is None or not len(images):
+            return self._forward(images)
+        missing = max(batch_size or 0, len(images)) - len(images)
+        if missing:
+            images = torch.cat((images, images.new_zeros(missing, *images.shape[1:])))
+        return self.graphs(images)[: len(images) - missing].clone()
+
+
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """Classify images by the nearest class mean of a frozen ViT's features under a meta-LoRA.
 
@@ -63,6 +124,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         lora: a meta-LoRA, or None for plain nearest class centre.
         distance: see `prototype_logits`.
         batch_size: images a forward pass.
+        precision: "fp32" or "bf16".
+        backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
 
     >>> clf = FewShotClassifier(vit, meta_lora).fit(support_images, ["cat", "cat", "dog", "dog"])
     >>> clf.predict(images)
@@ -75,17 +138,33 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         lora: LoRA | None = None,
         distance: Distance = "euclidean",
         batch_size: int = 64,
+        precision: str = "fp32",
+        backend: Backend = "auto",
     ):
         self.vit = vit
         self.lora = lora
         self.distance = distance
         self.batch_size = batch_size
+        self.precision = precision
+        self.backend = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        # recorded graphs live on one device of one process
+        return {k: v for k, v in super().__getstate__().items() if k != "_embedder"}
+
+    def _embed(self) -> Embedder:
+        """Made anew when a parameter was set to another object."""
+        made_of = (self.vit, self.lora, self.precision, self.backend)
+        known = getattr(self, "_embedder", None)
+        if known is None or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
+            embedder = Embedder(self.vit, self.lora, precision=self.precision, backend=self.backend)
+            self._embedder = known = (made_of, embedder)
+        return known[1]
 
     def __sklearn_clone__(self) -> FewShotClassifier:
         return FewShotClassifier(**self.get_params(deep=False))
 
     def _features(self, images: Any) -> Tensor:
-        device = self.vit.pos_embed.device
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Sequence) and len(images) and isinstance(images[0], Image.Image):
@@ -105,12 +184,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not torch.isfinite(images).all():
             raise ValueError("images: hold NaN or infinity")
         images = images.to(self.vit.pos_embed.dtype)  # NumPy's own is float64
-        lora = None if self.lora is None else self.lora.to(device)
-        with torch.no_grad():
-            parts = [
-                self.vit(batch.to(device), lora).float() for batch in images.split(self.batch_size)
-            ]
-        return torch.cat(parts)
+        embed = self._embed()
+        return torch.cat([embed(batch, self.batch_size) for batch in images.split(self.batch_size)])
 
     def fit(self, images: Any, labels: Any) -> FewShotClassifier:
         """Take class means of the support images' features.

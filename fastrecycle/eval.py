@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrecycle.classifier import Distance, class_means, prototype_logits
+from fastrecycle.classifier import Distance, Embedder, class_means, prototype_logits
 from fastrecycle.data import Episodes, ImageDataset, episodes, load_dataset
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import autocast
+from fastrecycle.ops import Backend
 from fastrecycle.vit import ViT
 
 Progress = Callable[[int, int], None]
@@ -106,11 +106,12 @@ def embed(
     prune: dict[int, float] | None = None,
     batch_size: int = 128,
     precision: str = "fp32",
+    backend: Backend = "reference",
     progress: Progress | None = None,
 ) -> Tensor:
     """Features of the images at `indices` (all by default), in their order: (n, F) float32."""
     device = vit.pos_embed.device
-    lora = None if lora is None else lora.to(device)
+    forward = Embedder(vit, lora, prune=prune, precision=precision, backend=backend)
     indices = np.arange(len(images.labels)) if indices is None else indices
     batches: Iterator[Tensor]
     if isinstance(images, Pixels):
@@ -121,9 +122,8 @@ def embed(
     features: list[Tensor] = []
     done = 0
     for batch in batches:
-        with autocast(device, precision):
-            out = vit(vit.normalise(batch.to(device).float() / 255), lora, prune=prune)
-        features.append(out.float())
+        pixels = batch.to(device).float() / 255
+        features.append(forward(vit.normalise(pixels), batch_size))
         done += len(batch)
         if progress is not None:
             progress(done, len(indices))
@@ -131,9 +131,18 @@ def embed(
 
 
 def score_episodes(
-    features: Tensor, tasks: Episodes, distance: Distance = "euclidean", batch: int = 50
+    features: Tensor, tasks: Episodes, distance: Distance = "euclidean", batch: int | None = None
 ) -> Result:
-    """Accuracy of nearest prototypes on each task, from the features of all images (Eq. 3b)."""
+    """Accuracy of nearest prototypes on each task, from the features of all images (Eq. 3b).
+
+    Args:
+        features: (N, F).
+        tasks: of image indices.
+        distance: see `prototype_logits`.
+        batch: tasks at once; None: all on a GPU, as many as a cache holds on the CPU.
+
+    """
+    batch = batch or (len(tasks) if features.is_cuda else 50)
     truth = torch.from_numpy(tasks.query_ways).to(features.device)
     per_task = []
     for start in range(0, len(tasks), batch):
@@ -161,6 +170,7 @@ def evaluate(
     data_root: str | Path | None = None,
     batch_size: int = 128,
     precision: str = "fp32",
+    backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> Result:
     """Accuracy of a meta-LoRA (None: plain nearest class centre) without fine-tuning.
@@ -182,6 +192,7 @@ def evaluate(
         data_root: where registered data sets are; None: the environment's FASTRECYCLE_DATA.
         batch_size: images a forward pass.
         precision: "fp32" or "bf16".
+        backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
         progress: called with (images embedded, images in all).
 
     Raises:
@@ -191,7 +202,7 @@ def evaluate(
     results = evaluate_shots(
         vit, lora, dataset, shots=(shots,), ways=ways, queries=queries, tasks=tasks, split=split,
         seed=seed, distance=distance, prune=prune, data_root=data_root, batch_size=batch_size,
-        precision=precision, progress=progress,
+        precision=precision, backend=backend, progress=progress,
     )  # fmt: skip
     return results[shots]
 
@@ -212,6 +223,7 @@ def evaluate_shots(
     data_root: str | Path | None = None,
     batch_size: int = 128,
     precision: str = "fp32",
+    backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> dict[int, Result]:
     """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
@@ -229,7 +241,7 @@ def evaluate_shots(
     used = np.unique(np.concatenate([lists.images for lists in drawn.values()]))
     features = embed(
         vit, lora, source, used, prune=prune, batch_size=batch_size, precision=precision,
-        progress=progress,
+        backend=backend, progress=progress,
     )  # fmt: skip
     everywhere = features.new_zeros(len(source.labels), features.shape[1])
     everywhere[torch.from_numpy(used).to(features.device)] = features

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ def data_loss(
     precision: str = "fp32",
     shrink: Tensor | None = None,
     impl: Impl = "reference",
+    side: torch.cuda.Stream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
 
@@ -67,6 +69,7 @@ def data_loss(
         precision: "fp32" or "bf16".
         shrink: (G, S, S), maps of `shrink_table` through which the backbone sees each task.
         impl: code of the operations.
+        side: where the prior runs beside the backbone, forward and backward; None: after it.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -75,6 +78,13 @@ def data_loss(
     """
     tasks, per_task = images.shape[:2]
     flat = images.flatten(0, 1)
+    r_bn = None
+    if prior is not None and config.alpha > 0:
+        # One is bound by memory, the other by arithmetic. Autograd goes back on the same streams.
+        with _beside(side), autocast(images.device, precision):
+            # another network's BatchNorms are read by hooks, whatever computes them
+            options = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
+            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
     index = None
     if tasks > 1:
         index = torch.arange(tasks, device=images.device).repeat_interleave(per_task)
@@ -89,12 +99,11 @@ def data_loss(
     target = labels.expand(tasks, -1)
     ce = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
     loss = config.ce * ce
-    r_bn = torch.zeros_like(ce)
-    if prior is not None and config.alpha > 0:
-        with autocast(images.device, precision):
-            # another network's BatchNorms are read by hooks, whatever computes them
-            options = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
-            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
+    if r_bn is None:
+        r_bn = torch.zeros_like(ce)
+    else:
         loss = loss + config.alpha * r_bn
     if config.tv > 0:
         rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3, 4))
@@ -103,6 +112,17 @@ def data_loss(
     if config.l2 > 0:
         loss = loss + config.l2 * images.square().mean((1, 2, 3, 4))
     return loss, ce, r_bn
+
+
+@contextmanager
+def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on another stream, from where the current one stands."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
 
 
 @dataclass(frozen=True)
@@ -186,8 +206,11 @@ class InversionGroup:
         dtype: torch.dtype = torch.float32,
     ):
         check_inversion(vit, loras, config)
-        if backend != "reference" and precision == "bf16" and isinstance(prior, ResNetPrior):
-            prior = prior.prepared(torch.bfloat16)
+        self.backbone = vit
+        if backend != "reference" and precision == "bf16":
+            self.backbone = vit.prepared(torch.bfloat16)
+            if isinstance(prior, ResNetPrior):
+                prior = prior.prepared(torch.bfloat16)
         self.vit, self.prior, self.config, self.precision = vit, prior, config, precision
         self.loras, self.tasks = tuple(loras), tuple(tasks)
         device = vit.pos_embed.device
@@ -215,14 +238,14 @@ class InversionGroup:
         self.recorded = backend != "reference" and device.type == "cuda"
         lr = torch.tensor(config.lr, device=device) if self.recorded else config.lr
         self.optimiser = torch.optim.Adam(
-            [self.images], lr=lr, betas=config.betas, capturable=self.recorded
+            [self.images], lr=lr, betas=config.betas, capturable=self.recorded, fused=self.recorded
         )
         self.iteration = 0
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.impl = impl_of(backend)
-        self._loss = (
-            data_loss if backend == "reference" else torch.compile(data_loss, dynamic=False)
-        )
+        self._loss = torch.compile(data_loss, dynamic=False) if backend == "compile" else data_loss
+        # eager steps take the stream that PyTorch is on; a graph keeps what runs beside what
+        self.side = torch.cuda.Stream(device) if backend == "triton" and self.recorded else None
         self._graphs: dict[bool, Captured] = {}  # without and with pruning
 
     def _iterate(self, pruned: bool) -> dict[str, Tensor]:
@@ -234,8 +257,8 @@ class InversionGroup:
         if self.shrink is not None:
             shrink = self.shrink.index_select(0, _at(self.jitter.resolution, self.clock))
         loss, ce, r_bn = self._loss(
-            self.vit, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
-            self.config, pruned, self.precision, shrink, self.impl,
+            self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            self.config, pruned, self.precision, shrink, self.impl, self.side,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss.sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))

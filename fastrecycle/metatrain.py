@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrecycle.augment import apply_maps, crop_maps, shrink_table
+from fastrecycle.augment import crop_maps, shrink_table
 from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import Impl, Resolved, autocast, host, impl_of
+from fastrecycle.ops import Impl, Resolved, augment, autocast, host, impl_of
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Step 0 of a checkpoint's metadata format; a change of it makes old checkpoints unreadable.
 _STATE_VERSION = "1"
+
+DRAWN = 64  # steps whose draws are made and moved to the device at once
 
 
 class Episodes(NamedTuple):
@@ -74,18 +76,20 @@ class EpisodeSampler:
             raise ValueError(f"ways: the pool shows {shown} classes, fewer than {config.ways}")
         self.tables = host.TaskTables.of_pool(tasks, labels, classes, config.ways)
 
-    def draw(self, step: int) -> Episodes:
-        """The tasks of a step."""
+    def draw(self, step: int, steps: int = 1) -> Episodes:
+        """The tasks of a step, or of so many from it on, one step after the other."""
         config = self.config
         rows, labels = host.draw_steps(
             self.tables, config.ways, config.shots + config.queries, config.tasks,
-            config.interpolation, self.seed, step, 1, holders=config.holders,
+            config.interpolation, self.seed, step, steps, holders=config.holders,
         )  # fmt: skip
-        return Episodes(rows[0], labels[0])
+        return Episodes(rows.reshape(-1, *rows.shape[2:]), labels.reshape(-1, config.ways))
 
 
 class Draw(NamedTuple):
-    """What chance decides about tasks of one shape, as tensors."""
+    """What chance decides about a step's tasks of one shape, as tensors; or, with one more axis in
+    front, about many steps'.
+    """
 
     rows: Tensor  # (E, W, K + Q) int64, of the pool
     labels: Tensor  # (E, W) int64, see `Episodes`
@@ -284,16 +288,23 @@ class MetaTrainer:
             self.parameters,
             lr=torch.tensor(config.lr, device=device) if self.recorded else config.lr,
             capturable=self.recorded,
+            fused=self.recorded,
         )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.iteration = 0
         self.clock = torch.zeros((), device=device)
         # the kernels have no gradient for the backbone's own weights
         self.impl: Impl = "reference" if config.learn == "backbone" else impl_of(backend)
-        self._loss = (
-            self._forward if backend == "reference" else torch.compile(self._forward, dynamic=False)
-        )
+        if backend != "reference" and precision == "bf16" and config.learn != "backbone":
+            self.backbone = vit.prepared(torch.bfloat16)
+        else:
+            self.backbone = self.vit
+        self._loss = self._forward
+        if backend == "compile" or (backend == "triton" and self.impl == "reference"):
+            self._loss = torch.compile(self._forward, dynamic=False)
         self._graph: Captured | None = None
+        self._drawn: list[Draw] = []
+        self._block = -1  # of DRAWN steps, whose draws these are
 
     def _forward(
         self, images: Tensor, keep: Tensor | RaggedKeep | None, target: Tensor
@@ -301,43 +312,46 @@ class MetaTrainer:
         config = self.config
         lora = None if config.learn == "backbone" else self.lora
         with autocast(images.device, self.precision):
-            features = self.vit(images, lora, keep=keep, impl=self.impl)
+            features = self.backbone(images, lora, keep=keep, impl=self.impl)
         features = features.unflatten(0, (-1, config.ways, config.shots + config.queries))
         return meta_loss(features, target, config)
 
-    def _draw(self, step: int) -> list[Draw]:
-        """All that is random in a step, on the device: of whole tasks, then of those that mask."""
+    def _draw(self, first: int, steps: int) -> list[Draw]:
+        """All that is random in some steps: of tasks of whole images, then of those that mask.
+
+        Each tensor has an axis of steps in front. A step's draw depends on the seed and its number.
+        """
         config, side = self.config, self.vit.config.image_size
-        episodes = self.sampler.draw(step)
-        # the sampler's key, another stretch of its counter
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
-        flip = rng.random(config.tasks) < config.flip
+        episodes = self.sampler.draw(first, steps)
+        rows, labels = (x.reshape(steps, config.tasks, *x.shape[1:]) for x in episodes)
+        drawn: dict[bool, list[tuple[np.ndarray, ...]]] = {masked: [] for masked in self._masked()}
         split = config.tasks if config.sparsity == 0 else round(config.whole * config.tasks)
-        draws = []
-        for part, masked in ((slice(0, split), False), (slice(split, None), True)):
-            rows = episodes.rows[part]
-            count, images = len(rows), rows.size
-            if not count:
-                continue
-            crop = np.zeros((3, 0))
-            if not masked and config.crop < 1:
-                scale = rng.uniform(config.crop, 1, images)
-                crop = np.stack([scale, *(rng.random((2, images)) * (1 - scale))])
-            low, high = self._sides(masked)
-            small = rng.integers(low, high + 1, count).clip(max=side) - min(low, side)
-            counts = np.zeros(0, np.int64)
-            if masked and config.sparsity_per == "image" and config.whole == 0:
-                counts = rng.permutation(keep_ladder(images, self.patches, config.sparsity))
-            arrays = (
-                rows,
-                episodes.labels[part],
-                flip[part],
-                small,
-                crop.astype(np.float32),
-                counts,
+        for i in range(steps):
+            # the sampler's key, another stretch of its counter
+            rng = np.random.Generator(
+                np.random.Philox(key=[self.seed, first + i], counter=[0, 0, 0, 1])
             )
-            draws.append(Draw(*(torch.from_numpy(x).to(self.images.device) for x in arrays)))
-        return draws
+            flip = rng.random(config.tasks) < config.flip
+            for masked in drawn:
+                part = slice(split, None) if masked else slice(0, split)
+                count, images = len(rows[i, part]), rows[i, part].size
+                crop = np.zeros((3, 0))
+                if not masked and config.crop < 1:
+                    scale = rng.uniform(config.crop, 1, images)
+                    crop = np.stack([scale, *(rng.random((2, images)) * (1 - scale))])
+                low, high = self._sides(masked)
+                small = rng.integers(low, high + 1, count).clip(max=side) - min(low, side)
+                counts = np.zeros(0, np.int64)
+                if masked and config.sparsity_per == "image" and config.whole == 0:
+                    counts = rng.permutation(keep_ladder(images, self.patches, config.sparsity))
+                drawn[masked].append(
+                    (rows[i, part], labels[i, part], flip[part], small, crop.astype(np.float32),
+                     counts)
+                )  # fmt: skip
+        return [
+            Draw(*(torch.from_numpy(np.stack(x)) for x in zip(*each, strict=True)))
+            for each in drawn.values()
+        ]
 
     def _sides(self, masked: bool) -> tuple[int, int]:
         config = self.config
@@ -348,18 +362,25 @@ class MetaTrainer:
         config, side = self.config, self.vit.config.image_size
         rows = draw.rows.flatten()
         per_task = len(rows) // len(draw.rows)
-        pixels = self.images[rows].float() / 255
-        maps = None  # of rows and of columns
-        if draw.crop.numel():
-            maps = [crop_maps(draw.crop[0], start, side) for start in draw.crop[1:]]
         table = self.masked_shrink if masked and config.whole > 0 else self.shrink
+        which = None  # of the maps, for each image
+        row_maps = column_maps = None
         if table is not None:
-            shrink = table[draw.small].repeat_interleave(per_task, 0)
-            maps = [shrink, shrink] if maps is None else [shrink @ m for m in maps]
-        if maps is not None:
-            pixels = apply_maps(pixels, *maps).clamp(0, 1)
+            row_maps, column_maps = table, table
+            which = draw.small.repeat_interleave(per_task)
+        if draw.crop.numel():
+            row_maps, column_maps = (
+                crop_maps(draw.crop[0], start, side) for start in draw.crop[1:]
+            )
+            if table is not None:
+                row_maps, column_maps = table[which] @ row_maps, table[which] @ column_maps
+            which = None
         flip = draw.flip.repeat_interleave(per_task)
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+        images = augment(
+            self.images, rows, row_maps, column_maps, which, flip, self.vit.config.mean,
+            self.vit.config.std, torch.float32 if self.precision == "fp32" else torch.bfloat16,
+            impl=self.impl,
+        )  # fmt: skip
         keep: Tensor | RaggedKeep | None = None
         if masked:
             order = self.order[rows]
@@ -368,12 +389,12 @@ class MetaTrainer:
             else:
                 keep = order[:, : self.masked_count].sort(dim=1).values
             keep = _mirror(keep, self.vit.config.grid, flip)
-        return Batch(self.vit.normalise(pixels), keep, targets(self.logits, draw, config))
+        return Batch(images, keep, targets(self.logits, draw, config))
 
     def _batches(self, step: int) -> list[Batch]:
-        draws = self._draw(step)
         return [
-            self._batch(draw, masked) for draw, masked in zip(draws, self._masked(), strict=True)
+            self._batch(Draw(*(x[0].to(self.images.device) for x in draw)), masked)
+            for draw, masked in zip(self._draw(step, 1), self._masked(), strict=True)
         ]
 
     def _masked(self) -> tuple[bool, ...]:
@@ -382,12 +403,12 @@ class MetaTrainer:
             return (False,)
         return (False, True) if self.config.whole > 0 else (True,)
 
-    def _update(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """One update from a step's draws, laid end to end; everything happens on the device."""
-        size = len(Draw._fields)
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """One update from the draw that the clock shows; everything happens on the device."""
         loss, accuracy = self.clock.new_zeros(()), self.clock.new_zeros(())
-        for i, masked in enumerate(self._masked()):
-            batch = self._batch(Draw(*tensors[size * i : size * (i + 1)]), masked)
+        slot = (self.clock.long() % DRAWN).view(1)
+        for draws, masked in zip(self._drawn, self._masked(), strict=True):
+            batch = self._batch(Draw(*(x.index_select(0, slot)[0] for x in draws)), masked)
             share = len(batch.target) / self.config.tasks
             values = self._loss(*batch)
             loss, accuracy = loss + share * values[0], accuracy + share * values[1]
@@ -404,22 +425,39 @@ class MetaTrainer:
         self.clock += 1
         return loss.detach(), accuracy.detach()
 
+    def _draw_ahead(self) -> None:
+        """Have the draws of this step and of those around it on the device.
+
+        Many steps at once, since each copy from the host makes it wait for the step under way.
+        """
+        block = self.iteration // DRAWN
+        if block == self._block:
+            return
+        new = self._draw(block * DRAWN, DRAWN)
+        if not self._drawn:
+            self._drawn = [Draw(*(x.to(self.images.device) for x in draw)) for draw in new]
+        else:  # in place: a recorded step reads these very tensors
+            for own, draw in zip(self._drawn, new, strict=True):
+                for x, y in zip(own, draw, strict=True):
+                    x.copy_(y)
+        self._block = block
+
     def step(self) -> dict[str, Tensor]:
         """One update; returns its loss and accuracy, still on the device.
 
         Where the step is recorded, the next one overwrites them.
         """
         set_rate(self.optimiser, self.config.lr_at(self.iteration))
-        tensors = [x for draw in self._draw(self.iteration) for x in draw]
+        self._draw_ahead()
         self.iteration += 1
         if not self.recorded:
-            loss, accuracy = self._update(*tensors)
+            loss, accuracy = self._update()
         else:
             if self._graph is None:
                 state = [*self.parameters, *self.average, self.clock]
                 state += optimiser_state(self.optimiser)
-                self._graph = capture(self._update, *tensors, state=state)
-            loss, accuracy = self._graph(*tensors)
+                self._graph = capture(self._update, state=state)
+            loss, accuracy = self._graph()
         return {"loss": loss, "accuracy": accuracy}
 
     @property

@@ -5,6 +5,7 @@ B images, S side, P patch side, n patches, N tokens, D width, H heads, L blocks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,12 +141,12 @@ class RaggedKeep:
         return RaggedKeep(ascending[chosen], images[chosen], cu_seqlens, width)
 
 
-def _activation(x: Tensor, kind: str) -> Tensor:
-    return x * torch.sigmoid(1.702 * x) if kind == "quick_gelu" else nn.functional.gelu(x)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block; tokens are dropped between its two halves."""
+    """Pre-norm transformer block; tokens are dropped between its two halves.
+
+    What a half adds to the residual stream is handed on beside it and added where the next norm
+    reads the stream, in one operation.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -159,22 +160,35 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(d, config.mlp_dim)
         self.fc2 = nn.Linear(config.mlp_dim, d)
 
+    def _add_norm(
+        self, norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, impl: ops.Impl
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the branch added, and its norm."""
+        return ops.residual_norm(
+            x, branch, norm.weight, norm.bias, norm.eps, self.residual_scale, impl=impl
+        )
+
     def attend(
         self,
         x: Tensor,
+        branch: Tensor | None,
         lora: dict,
         lora_index: Tensor | None,
-        with_scores: bool,
+        *,
+        queries: int | None = None,
+        with_scores: bool = False,
         packing: tuple[Tensor, int] | None = None,
         impl: ops.Impl = "reference",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add attention(norm1(x)) to x; also the CLS scores over all tokens (Eq. 5) if asked for.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream; attention(norm1(stream)) of the first `queries` tokens, which the caller is
+        to add; the CLS scores over all tokens (Eq. 5) if asked for.
 
-        x is (B, N, D), or (1, T, D) with packing = (cu_seqlens, longest).
+        x and branch are (B, N, D), or (1, T, D) with packing = (cu_seqlens, longest).
         """
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
+        x, y = self._add_norm(self.norm1, x, branch, impl)
         qkv = ops.lora_qkv(
-            self.norm1(x), self.qkv.weight, self.qkv.bias, small, lora_index=lora_index, impl=impl
+            y, self.qkv.weight, self.qkv.bias, small, lora_index=lora_index, impl=impl
         )
         qkv = qkv.unflatten(-1, (self.heads, -1))
         scores = None
@@ -183,24 +197,30 @@ class Block(nn.Module):
             y = ops.varlen_attention(q, k, v, cu_seqlens=packing[0], longest=packing[1])
             y = y.flatten(1)[None]
         else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-            scores = ops.cls_scores(q[:, :, 0], k, impl=impl).detach() if with_scores else None
-            y = ops.varlen_attention(q, k, v).transpose(1, 2).flatten(2)
+            y, scores = ops.attention(qkv, queries=queries, with_scores=with_scores, impl=impl)
         y = ops.lora_linear(
             y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index
         )
-        return x + self.residual_scale * y, scores
+        return x, y, scores
 
-    def transform(self, x: Tensor, lora: dict, lora_index: Tensor | None) -> Tensor:
-        """X + MLP(norm2(x))."""
+    def transform(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        lora: dict,
+        lora_index: Tensor | None,
+        impl: ops.Impl = "reference",
+    ) -> tuple[Tensor, Tensor]:
+        """The stream, and MLP(norm2(stream)), which the caller is to add."""
+        x, y = self._add_norm(self.norm2, x, branch, impl)
         y = ops.lora_linear(
-            self.norm2(x), self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index
+            y, self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index
         )
         y = ops.lora_linear(
-            _activation(y, self.activation), self.fc2.weight, self.fc2.bias, lora.get("fc2"),
-            lora_index=lora_index,
+            ops.activation(y, self.activation, impl=impl), self.fc2.weight, self.fc2.bias,
+            lora.get("fc2"), lora_index=lora_index,
         )  # fmt: skip
-        return x + self.residual_scale * y
+        return x, y
 
 
 def _lvvit_stem() -> nn.Sequential:
@@ -242,6 +262,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(d, eps=config.norm_eps)
         self.head_proj = nn.Linear(d, config.out_dim, bias=False) if config.out_dim else None
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: as embedded
         self.requires_grad_(False).eval()
 
     # ------------------------------------------------------------------ construction
@@ -348,6 +369,18 @@ class ViT(nn.Module):
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         vit.load_state_dict(copies, strict=True, assign=True)
         return vit.requires_grad_(False).eval()
+
+    def prepared(self, dtype: torch.dtype) -> ViT:
+        """The same backbone, frozen, with the weights of its products and its residual stream in
+        this dtype, once for all: under autocast weights would be cast again at every step. Norms
+        and positions stay as they are.
+        """
+        other = copy.deepcopy(self).requires_grad_(False)
+        other.stream_dtype = dtype
+        for module in other.modules():
+            if isinstance(module, nn.Linear) or module is other.patch_embed:
+                module.to(dtype)
+        return other
 
     # ------------------------------------------------------------------ images
 
@@ -463,8 +496,11 @@ class ViT(nn.Module):
         overlaps, so there all are embedded and then gathered.
         """
         config, p = self.config, self.config.patch_size
-        if self.stem is None and keep is not None and impl == "triton":
-            tokens = ops.embed_kept(images, keep, self.patch_embed.weight, self.patch_embed.bias)
+        if self.stem is None and impl == "triton":
+            tokens = ops.embed_kept(
+                images, self._all(images) if keep is None else keep, self.patch_embed.weight,
+                self.patch_embed.bias,
+            )  # fmt: skip
         elif self.stem is None:
             g = config.grid
             patches = images.unflatten(3, (g, p)).unflatten(2, (g, p))  # (B, 3, g, P, g, P)
@@ -481,8 +517,16 @@ class ViT(nn.Module):
         prefix, positions = self.pos_embed.split((config.prefix_tokens, config.patches))
         tokens = tokens + (positions if keep is None else positions[keep])
         first = (self.prefix + prefix).to(tokens.dtype).expand(len(images), -1, -1)
-        x = torch.cat((first, tokens), dim=1)
-        return x if self.pre_norm is None else self.pre_norm(x)
+        return self._stream(torch.cat((first, tokens), dim=1))
+
+    def _stream(self, x: Tensor) -> Tensor:
+        """The residual stream's first state, from embedded tokens."""
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        return x if self.stream_dtype is None else x.to(self.stream_dtype)
+
+    def _all(self, images: Tensor) -> Tensor:
+        """Every patch of every image, (B, n)."""
+        return torch.arange(self.config.patches, device=images.device).expand(len(images), -1)
 
     def _packed(
         self,
@@ -516,19 +560,24 @@ class ViT(nn.Module):
         # image after image, each with its prefix tokens first
         image = torch.arange(len(images), device=images.device)
         owner = torch.cat((image.repeat_interleave(config.prefix_tokens), keep.image))
-        x = torch.cat((first, tokens))[owner.argsort(stable=True)][None]
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
+        x = self._stream(torch.cat((first, tokens))[owner.argsort(stable=True)][None])
         starts = keep.cu_seqlens + config.prefix_tokens * torch.arange(
             len(images) + 1, device=images.device, dtype=torch.int32
         )
         packing = (starts, keep.longest + config.prefix_tokens)
+        branch = None
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
-            x, _ = block.attend(x, adapter, None, with_scores=False, packing=packing, impl=impl)
-            x = block.transform(x, adapter, None)
+            x, branch, _ = block.attend(x, branch, adapter, None, packing=packing, impl=impl)
+            x, branch = block.transform(x, branch, adapter, None, impl)
+        assert branch is not None
         # rows by `image`: Inductor 2.11 cannot lower an index that is a slice
-        features = self.norm(x[0, starts[image].long()])
+        cls = starts[image].long()
+        return self._features(x[0, cls], branch[0, cls])
+
+    def _features(self, x: Tensor, branch: Tensor) -> Tensor:
+        """CLS tokens and what the last block adds to them, (B, D) each -> (B, features)."""
+        features = self.norm(x + self.config.residual_scale * branch)
         return features if self.head_proj is None else self.head_proj(features)
 
     def _check(self, images: Tensor, keep: Tensor | None) -> None:
@@ -560,28 +609,30 @@ class ViT(nn.Module):
             stack.check_depth(self.config.depth)
         patches = config.patches if keep is None else keep.shape[1]
         counts = patches_after_blocks(patches, config.depth, prune)
-        if keep is None:
-            kept = torch.arange(patches, device=images.device).expand(len(images), -1)
-        else:
-            kept = keep
-        x = self.embed(images, keep, impl)
-        scores = None
+        kept = self._all(images) if keep is None else keep
+        x, branch, scores = self.embed(images, keep, impl), None, None
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = stack.block(i) if stack is not None else {}
-            drops = counts[i] < patches
-            last = with_scores and i == config.depth - 1
-            x, scores = block.attend(x, adapter, lora_index, with_scores=drops or last, impl=impl)
-            if drops and scores is not None:
+            drops, last = counts[i] < patches, i == config.depth - 1
+            x, branch, scores = block.attend(
+                x, branch, adapter, lora_index, queries=1 if last else None,
+                with_scores=drops or (last and with_scores), impl=impl,
+            )  # fmt: skip
+            if drops:
+                assert scores is not None
                 alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
+                kept = kept.gather(1, alive)
+                patches = counts[i]
+            if last:  # nothing reads the other tokens any more
+                x = x[:, :1]
+            elif drops:
                 always = torch.arange(config.prefix_tokens, device=x.device)
                 tokens = torch.cat((always.expand(len(x), -1), alive + config.prefix_tokens), dim=1)
                 x = ops.token_gather(x, tokens, impl=impl)
-                kept = kept.gather(1, alive)
-                patches = counts[i]
-            x = block.transform(x, adapter, lora_index)
-        features = self.norm(x[:, 0])
-        if self.head_proj is not None:
-            features = self.head_proj(features)
+                branch = ops.token_gather(branch, tokens, impl=impl)
+            x, branch = block.transform(x, branch, adapter, lora_index, impl)
+        assert branch is not None
+        features = self._features(x[:, 0], branch[:, 0])
         if with_scores and scores is not None:
             scores = scores[:, config.prefix_tokens :]
         return features, kept, scores if with_scores else None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrecycle.capture import capture, optimiser_state, set_rate
+from fastrecycle.capture import Graphs, capture, optimiser_state, set_rate
 
 gpu = pytest.mark.gpu
 
@@ -79,3 +79,25 @@ def test_a_replay_refuses_other_shapes():
         recorded(torch.ones(3, device="cuda", dtype=torch.float16))
     with pytest.raises(ValueError, match="expected 1 inputs, got 0"):
         recorded()
+
+
+def test_graphs_keep_at_least_one():
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
+        Graphs(lambda x: x, most=0)
+
+
+@gpu
+def test_graphs_record_each_shape_once_and_forget_the_oldest():
+    calls = []
+
+    def double(x):
+        calls.append(len(x))
+        return 2 * x
+
+    graphs = Graphs(double, most=2)
+    for count in (3, 4, 3, 5, 3, 4):  # 5 drives out 4, which then drives out 5
+        x = torch.arange(count, device="cuda", dtype=torch.float32)
+        assert torch.equal(graphs(x), 2 * x)
+    assert len(graphs) == 2
+    assert list(dict.fromkeys(calls)) == [3, 4, 5]
+    assert len(calls) == 4 * 4  # three warm-ups and the recording, of 3, 4, 5 and again 4

@@ -1,5 +1,7 @@
 """The few-shot classifier has scikit-learn's habits."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.utils.validation import check_is_fitted
 
-from fastrecycle.classifier import FewShotClassifier, class_means, prototype_logits
+from fastrecycle.classifier import Embedder, FewShotClassifier, class_means, prototype_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 
@@ -150,3 +152,35 @@ def test_half_precision_features_are_compared_in_float32():
     logits = prototype_logits(x[:2], x[2:])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, prototype_logits(x[:2].float(), x[2:].float()))
+
+
+def test_a_parameter_set_anew_takes_effect():
+    vit, x = toys.vit(), images()
+    clf = FewShotClassifier(vit, toys.lora(0)).fit(x, LABELS)
+    before = clf.decision_function(x)
+    clf.set_params(lora=toys.lora(1)).fit(x, LABELS)
+    fresh = FewShotClassifier(vit, toys.lora(1)).fit(x, LABELS)
+    assert (clf.decision_function(x) == fresh.decision_function(x)).all()
+    assert (clf.decision_function(x) != before).any()
+
+
+def test_pickles_and_predicts_the_same():
+    clf = FewShotClassifier(toys.vit(), toys.lora()).fit(images(), LABELS)
+    other = pickle.loads(pickle.dumps(clf))
+    assert (other.decision_function(images(5, 1)) == clf.decision_function(images(5, 1))).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["compile", "triton"])
+def test_recorded_features_are_the_eager_ones(precision, backend, no_tf32):
+    vit, lora = toys.vit().to("cuda"), toys.lora()
+    x = images(10).to("cuda")
+    exact = Embedder(vit, lora)(x)
+    plain = Embedder(vit, lora, precision=precision)(x)
+    embed = Embedder(vit, lora, precision=precision, backend=backend)
+    got = torch.cat([embed(part, 4) for part in x.split(4)])  # the last part is filled up
+    assert got.shape == exact.shape
+    allowed = 2 * (plain - exact).norm() + 1e-5 * exact.norm()
+    assert (got - exact).norm() <= allowed
+    assert len(embed.graphs) == 1
