@@ -85,14 +85,10 @@ def data_loss(
             # another network's BatchNorms are read by hooks, whatever computes them
             options = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
             r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
-    index = None
-    if tasks > 1:
-        index = torch.arange(tasks, device=images.device).repeat_interleave(per_task)
     seen = flat if shrink is None else apply_maps(images, shrink).flatten(0, 1)
     with autocast(images.device, precision):
-        features = vit(
-            seen, stack, lora_index=index, prune=config.prune if pruned else None, impl=impl
-        )
+        # without an index each LoRA has an equal share of the batch: its own task
+        features = vit(seen, stack, prune=config.prune if pruned else None, impl=impl)
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]

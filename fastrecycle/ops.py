@@ -19,9 +19,11 @@ from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
 
 __all__ = [
-    "Backend", "Impl", "LowRank", "Resolved", "autocast", "bn_prior", "bn_prior_chunks", "carry",
-    "cls_scores", "embed_kept", "host", "impl_of", "lora_linear", "lora_qkv", "moment_distance",
-    "resolve_backend", "token_gather", "varlen_attention",
+    "Backend", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
+    "autocast", "bn_prior",
+    "bn_prior_chunks", "carry", "cls_scores", "embed_kept", "host", "impl_of", "lora_linear",
+    "lora_qkv", "moment_distance", "residual_norm", "resolve_backend", "token_gather",
+    "varlen_attention",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "compile", "reference"]
@@ -80,8 +82,11 @@ def _check_low_rank(name: str, x: Tensor, lora: LowRank, d_out: int, index: Tens
         )
     if scale.shape != a.shape[:1]:
         raise ValueError(f"{name}: scale must have shape {(a.shape[0],)}, got {tuple(scale.shape)}")
-    if index is None and a.shape[0] != 1:
-        raise ValueError(f"{name}: {a.shape[0]} LoRAs need lora_index, one per image; got none")
+    if index is None and x.shape[0] % a.shape[0]:
+        raise ValueError(
+            f"{name}: {x.shape[0]} images cannot be shared equally by {a.shape[0]} LoRAs; pass"
+            " lora_index, the LoRA of each image"
+        )
     if index is not None and index.shape != x.shape[:1]:
         raise ValueError(
             f"{name}: lora_index must have shape {(x.shape[0],)}, got {tuple(index.shape)}"
@@ -102,7 +107,8 @@ def lora_linear(
         x: (B, N, D_in).
         weight: (D_out, D_in), frozen or not; bias (D_out,) or None.
         lora: a (G, R, D_in), b (G, D_out, R), scale (G,); None for the plain product.
-        lora_index: (B,) int64, the LoRA of each image; None when G = 1.
+        lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
+            consecutive images.
 
     Returns:
         (B, N, D_out).
@@ -132,7 +138,8 @@ def lora_qkv(
         weight: (3 D, D), rows in the order q, k, v; bias (3 D,) or None.
         lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}; ranks below R are
             zero-padded.
-        lora_index: (B,) int64, the LoRA of each image; None when G = 1.
+        lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
+            consecutive images.
         impl: "triton" wants frozen weight, bias and scale, D a multiple of 16, R at most 64.
 
     Returns:
@@ -157,6 +164,93 @@ def lora_qkv(
 
         return kernel(x, weight, bias, lora, lora_index)
     return reference.lora_qkv(x, weight, bias, lora, lora_index)
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: float = 1.0,
+    *,
+    impl: Impl = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise: s = x + scale branch, y = LayerNorm(s).
+
+    Args:
+        x: (..., D), the stream; branch (..., D), or None where there is nothing to add.
+        weight, bias: (D,) of the norm.
+        eps: of the norm.
+        scale: of the branch.
+        impl: "triton" wants frozen weight and bias.
+
+    Returns:
+        s in x's dtype; y in the branch's (without one: x's), under autocast in autocast's.
+
+    Raises:
+        ValueError: shapes disagree, or `impl` cannot do this.
+
+    """
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(
+            f"residual_norm: branch must have shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+        )
+    if weight.shape != x.shape[-1:] or bias.shape != weight.shape:
+        raise ValueError(
+            f"residual_norm: weight and bias must have shape {tuple(x.shape[-1:])},"
+            f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    dtype = x.dtype if branch is None else branch.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if impl == "triton":
+        from fastrecycle_kernels.residual_norm import residual_norm as kernel
+
+        return kernel(x, branch, weight, bias, eps, scale, dtype)
+    return reference.residual_norm(x, branch, weight, bias, eps, scale, dtype)
+
+
+def activation(
+    u: Tensor, kind: Literal["gelu", "quick_gelu"], *, impl: Impl = "reference"
+) -> Tensor:
+    """GELU, exact by the error function; or u sigmoid(1.702 u), as OpenAI's CLIP has it."""
+    if impl == "triton":
+        from fastrecycle_kernels.activation import activation as kernel
+
+        return kernel(u, kind)
+    return reference.activation(u, kind)
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    queries: int | None = None,
+    with_scores: bool = False,
+    impl: Impl = "reference",
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention within each image, and the importance of its tokens.
+
+    Args:
+        qkv: (B, N, 3, H, d), as `lora_qkv` leaves it.
+        queries: only the first so many tokens ask; None for all.
+        with_scores: also return `cls_scores`, which carry no gradient.
+        impl: which code; "reference" is PyTorch's scaled dot product attention.
+
+    Returns:
+        y (B, queries, H d); scores (B, N) float32, or None.
+
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention: expected qkv (B, N, 3, H, d), got {tuple(qkv.shape)}")
+    if impl == "triton":
+        from fastrecycle_kernels.attention import packed_attention as kernel
+
+        return kernel(qkv, queries=queries, with_scores=with_scores)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+    scores = reference.cls_scores(q[:, :, 0], k).detach() if with_scores else None
+    y = torch.nn.functional.scaled_dot_product_attention(q[:, :, :queries], k, v)
+    return y.transpose(1, 2).flatten(2), scores
 
 
 def cls_scores(q_cls: Tensor, k: Tensor, *, impl: Impl = "reference") -> Tensor:
@@ -277,6 +371,49 @@ def varlen_attention(
         assert isinstance(y, Tensor)  # a tuple only where more than the output is asked for
         return y
     return reference.varlen_attention(q, k, v, cu_seqlens)
+
+
+def augment(
+    images: Tensor,
+    rows: Tensor,
+    row_maps: Tensor | None,
+    column_maps: Tensor | None,
+    which: Tensor | None,
+    flip: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: Impl = "reference",
+) -> Tensor:
+    """Images of a pool as the backbone sees them: R X C^T, clamped, mirrored, normalised.
+
+    Args:
+        images: (P, 3, S, S) uint8, the pool.
+        rows: (B,) int64, the images to take.
+        row_maps, column_maps: (M, S, S) float32, linear maps of rows and of columns; None: neither
+            maps nor clamping to [0, 1].
+        which: (B,) int64, the maps of each image; None: M = B.
+        flip: (B,) bool, which images to mirror.
+        mean, std: of each channel, in [0, 1].
+        dtype: of the result.
+        impl: "triton" rounds maps to float16 where the result is in half precision.
+
+    Returns:
+        (B, 3, S, S).
+
+    Raises:
+        ValueError: one map without the other.
+
+    """
+    if (row_maps is None) != (column_maps is None):
+        raise ValueError("augment: row_maps and column_maps go together")
+    arguments = (images, rows, row_maps, column_maps, which, flip, mean, std, dtype)
+    if impl == "triton":
+        from fastrecycle_kernels.augment import augment as kernel
+
+        return kernel(*arguments)
+    return reference.augment(*arguments)
 
 
 def bn_prior(

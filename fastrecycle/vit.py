@@ -470,8 +470,9 @@ class ViT(nn.Module):
 
         Args:
             images: (B, 3, S, S), normalised.
-            lora: one LoRA for all images, or a `LoRAStack` with `lora_index`.
-            lora_index: (B,) int64: the LoRA of each image.
+            lora: one LoRA for all images, or a `LoRAStack`.
+            lora_index: (B,) int64: the LoRA of each image; None: each has an equal share of
+                consecutive images.
             prune: {block: ratio}, 0-based: after that block's attention and its residual, before
                 its MLP, int(ratio * patches) of the current patches with the lowest head-averaged
                 CLS attention are dropped (Eq. 5). Survivors keep their own residual; prefix tokens

@@ -107,7 +107,8 @@ def test_rejects_lora_shapes():
     refused("a model of another width", {"q": (a[..., :5], b, scale)})
     refused(r"b must have shape \(2, 6, 3\), got \(2, 5, 3\)", {"q": (a, b[:, :5], scale)})
     refused(r"scale must have shape \(2,\)", {"v": (a, b, scale[:1])})
-    refused("2 LoRAs need lora_index, one per image; got none", {"q": (a, b, scale)}, index=None)
+    refused("3 images cannot be shared equally by 2 LoRAs; pass lora_index", {"q": (a, b, scale)},
+            x=randn(3, 4, 6), index=None)  # fmt: skip
     refused(r"lora_index must have shape \(2,\), got \(3,\)", {"q": (a, b, scale)},
             index=torch.tensor([0, 1, 1]))  # fmt: skip
 

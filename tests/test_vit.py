@@ -191,6 +191,13 @@ def test_fresh_lora_changes_nothing():
     assert torch.equal(vit(images, lora), vit(images))
 
 
+def test_without_an_index_each_lora_has_an_equal_share():
+    vit, images = wild(TINY), pixels(TINY, 6)
+    stack = LoRAStack.of([wild_lora(TINY, TARGETS, rank=2, alpha=3, seed=i) for i in range(3)])
+    indexed = vit(images, stack, lora_index=torch.tensor([0, 0, 1, 1, 2, 2]))
+    torch.testing.assert_close(vit(images, stack), indexed)
+
+
 @pytest.mark.parametrize("prune", [None, {1: 0.5, 2: 0.5}])
 def test_lora_index_matches_each_lora_alone(prune):
     vit, images = wild(TINY), pixels(TINY, 5)
@@ -409,8 +416,8 @@ def test_rejects_shapes():
     for bad in (torch.arange(3), torch.zeros(3, 2, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"keep: expected patch indices \(2, k\), got"):
             vit(images, keep=bad)
-    stack = LoRAStack.of([wild_lora(TINY), wild_lora(TINY)])
-    with pytest.raises(ValueError, match="need lora_index"):
+    stack = LoRAStack.of([wild_lora(TINY)] * 3)
+    with pytest.raises(ValueError, match="2 images cannot be shared equally by 3 LoRAs; pass lora"):
         vit(images, stack)
     with pytest.raises(ValueError, match="lora_index must have shape"):
         vit(images, stack, lora_index=torch.tensor([0]))
