@@ -59,8 +59,8 @@ class Embedder:
     """Features of batches of images under one LoRA, as fast as the device does them.
 
     On CUDA each shape of batch is recorded once as a CUDA graph; a smaller last batch is filled up
-    rather than recorded. A LoRA already on the device is read anew at each call, the backbone's weights
-    when this is made.
+    rather than recorded. A LoRA already on the device is read anew at each call, the backbone's
+    weights when this is made.
 
     Args:
         vit: the backbone.
