@@ -3,13 +3,15 @@
 y = P v, P = softmax(S), S = q k^T / sqrt d; L = log sum exp S of each row is kept for the gradient:
   dv = P^T dy,  dS = P o (dy v^T - D),  D = rowsum(dy o y),  dq = dS k / sqrt d,
   dk = dS^T q / sqrt d.
-P is computed anew from L. Two kernels give the gradient, three ways (`method`):
+P is computed anew from L. Two kernels give the gradient, four ways (`method`):
   rows     a program has all queries of a head in its tile and goes through the keys in chunks: dq
            stays in registers, the dk and dv of a chunk are complete at once.
   columns  a program has all keys in its tile and goes through the queries in chunks: dk and dv stay
            in registers, the dq of a chunk is complete at once.
   both     tiles of queries for dq (and D), then tiles of keys for dk and dv: seven products instead
            of five, but tiles of any size, so images of any length.
+  tiles    as both, in one kernel: a program has a tile of queries, then the same tokens' keys, so
+           that a head is read from memory once; D is computed again for each tile of keys.
 All write each number once, in a fixed order of additions.
 
 B images, N tokens, Q queries (the first Q tokens), H heads, d head width.
@@ -27,7 +29,7 @@ from fastrecycle_kernels.cls_scores import cls_scores
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Method = Literal["rows", "columns", "both"]
+Method = Literal["rows", "columns", "both", "tiles"]
 WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
@@ -37,7 +39,9 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load(x, image, row, column, rows, stride, R: tl.constexpr, D: tl.constexpr, BULK: tl.constexpr):
+def _load(
+    x, image, row, column, rows, stride, R: tl.constexpr, D: tl.constexpr, BULK: tl.constexpr
+):
     """Rows [row, row + R) of one head, zeros past the last; of x (B, rows, stride)."""
     if BULK:
         return x.load([image, row, column]).reshape(R, D)
@@ -106,9 +110,11 @@ def _forward(
 def _backward_rows(
     q_rows, kv_chunks, y, dy, lse, delta, dq_rows, dkv_chunks, tokens, queries, heads,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr, BULK: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, DELTA: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries and D; if WHOLE, the tile has all queries, and dk and dv follow."""
+    """Find dq of a tile of queries, and D if DELTA; if WHOLE, the tile has all queries, and the dk
+    and dv of all keys follow.
+    """
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first = tl.program_id(1) * ROWS
     inner, column = heads * D, head * D
@@ -121,7 +127,7 @@ def _backward_rows(
     place = tl.program_id(0).to(tl.int64) * queries
     log2_e: tl.constexpr = 1.4426950408889634
     logs = tl.load(lse + place + row, mask=row < queries, other=float("inf")) * log2_e
-    if not WHOLE:
+    if DELTA:
         tl.store(delta + place + row, sums, mask=row < queries)
     dq = tl.zeros((ROWS, D), tl.float32)
     for start in range(0, tl.where(first < queries, tokens, 0), CHUNK):
@@ -129,7 +135,7 @@ def _backward_rows(
         v = _load(kv_chunks, image, start, column + 2 * inner, tokens, 3 * inner, CHUNK, D, BULK)
         inside = start + tl.arange(0, CHUNK) < tokens
         s = _dot(q, k.T, tl.zeros((ROWS, CHUNK), tl.float32))
-        p = tl.where(inside[None, :], tl.exp2(s * SCALE - logs[:, None]), 0.0)
+        p = tl.exp2(tl.where(inside[None, :], s * SCALE - logs[:, None], float("-inf")))
         if WHOLE:
             dv = _dot(g.T, p.to(dtype), tl.zeros((D, CHUNK), tl.float32)).T
             _store(
@@ -157,10 +163,10 @@ def _backward_rows(
 def _backward_columns(
     q_chunks, kv_rows, y, dy, lse, delta, dq_chunks, dkv_rows, tokens, queries, heads,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr, BULK: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, DELTA: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of ROWS keys; if WHOLE, the tile has all keys, and dq and D are its own.
-    S, P and dS stand transposed: (keys, queries).
+    """Find dk and dv of a tile of ROWS keys; if WHOLE, the tile has all keys, and dq follows. D is
+    read if DELTA, else computed. S, P and dS stand transposed: (keys, queries).
     """
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first = tl.program_id(1) * ROWS
@@ -178,22 +184,20 @@ def _backward_columns(
         q = _load(q_chunks, image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
         g = _load(dy, image, start, column, queries, inner, CHUNK, D, BULK)
         logs = tl.load(lse + place + row, mask=row < queries, other=float("inf")) * log2_e
-        if WHOLE:
+        if DELTA:
+            sums = tl.load(delta + place + row, mask=row < queries, other=0.0)
+        else:
             out = _load(y, image, start, column, queries, inner, CHUNK, D, BULK)
             sums = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            sums = tl.load(delta + place + row, mask=row < queries, other=0.0)
         s = _dot(k, q.T, tl.zeros((ROWS, CHUNK), tl.float32))
-        p = tl.where(inside[:, None], tl.exp2(s * SCALE - logs[None, :]), 0.0)
+        p = tl.exp2(tl.where(inside[:, None], s * SCALE - logs[None, :], float("-inf")))
         dv = _dot(p.to(dtype), g, dv)
         dp = _dot(v, g.T, tl.zeros((ROWS, CHUNK), tl.float32))
         ds = (p * (dp - sums[None, :])).to(dtype)
         dk = _dot(ds, q, dk)
         if WHOLE:
             dq = _dot(k.T, ds, tl.zeros((D, CHUNK), tl.float32)).T * FACTOR
-            _store(
-                dq_chunks, dq.to(dtype), image, start, column, tokens, 3 * inner, CHUNK, D, BULK
-            )
+            _store(dq_chunks, dq.to(dtype), image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
     dk = (dk * FACTOR).to(dtype)
     _store(dkv_rows, dk, image, first, column + inner, tokens, 3 * inner, ROWS, D, BULK)
     dv = dv.to(dtype)
@@ -202,6 +206,24 @@ def _backward_columns(
         zeros = tl.zeros((CHUNK, D), dtype)
         for start in range(tl.cdiv(queries, CHUNK) * CHUNK, tokens, CHUNK):
             _store(dq_chunks, zeros, image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
+
+
+@triton.jit
+def _backward_tiles(
+    qkv_rows, qkv_chunks, y_rows, y_chunks, dy_rows, dy_chunks, lse, dqkv_rows, tokens, queries,
+    heads,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries, keys and values of a tile of tokens."""
+    _backward_rows(
+        qkv_rows, qkv_chunks, y_rows, dy_rows, lse, lse, dqkv_rows, dqkv_rows, tokens, queries,
+        heads, FACTOR, SCALE, D, ROWS, CHUNK, False, False, BULK,
+    )  # fmt: skip
+    _backward_columns(
+        qkv_chunks, qkv_rows, y_chunks, dy_chunks, lse, lse, dqkv_rows, dqkv_rows, tokens, queries,
+        heads, FACTOR, SCALE, D, ROWS, CHUNK, False, False, BULK,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ launchers
@@ -226,18 +248,19 @@ def forward_cut(tokens: int, queries: int, dtype: torch.dtype) -> Cut:
     """The launch table of the forward kernel."""
     if dtype == torch.float32:  # products without tensor cores
         return Cut(_tile(queries, 32), _tile(tokens, 32))
-    return Cut(_tile(queries, 64), _tile(tokens, 64), stages=2 if tokens > 64 else 1)
+    return Cut(_tile(queries, 64), _tile(tokens, 64), stages=2 if tokens > 64 else 1, bulk=1)
 
 
-def backward_cut(tokens: int, queries: int, dtype: torch.dtype) -> tuple[Method, Cut]:
+def backward_cut(tokens: int, queries: int, width: int, dtype: torch.dtype) -> tuple[Method, Cut]:
     """The launch table of the gradient."""
     if dtype == torch.float32:
         return "both", Cut(32, 16)
-    if queries <= 64:
-        return "rows", Cut(_tile(queries), min(64, _tile(tokens)))
-    if tokens <= 256:
-        return "rows", Cut(_tile(queries), 32, warps=8)
-    return "both", Cut(64, 64)
+    rows = _tile(queries)
+    if rows * width <= 64 * 64:
+        return "rows", Cut(rows, min(64, _tile(tokens)), bulk=1)
+    if rows * width <= 128 * 64:
+        return "rows", Cut(rows, 32, warps=8, bulk=1)
+    return "tiles", Cut(64, 64 if width <= 64 else 32, bulk=1)
 
 
 def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDescriptor:
@@ -249,8 +272,11 @@ def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDes
 
 
 def _bulk(cut: Cut, *tensors: Tensor) -> bool:
-    """Whether to use the tensor copy engine, which wants aligned memory."""
-    return bool(cut.bulk) and all(x.data_ptr() % 16 == 0 for x in tensors)
+    """Whether to use the tensor copy engine, which wants aligned memory and
+    moves at most 256 rows.
+    """
+    fits = max(cut.rows, cut.chunk) <= 256
+    return bool(cut.bulk) and fits and all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def _options(cut: Cut, width: int, scale: float, bulk: bool) -> dict:
@@ -281,27 +307,34 @@ def _launch_backward(
     images, tokens, _, heads, width = qkv.shape
     queries = y.shape[1]
     dqkv = torch.empty_like(qkv)
+    needed = {"rows": queries, "columns": tokens}.get(method, 0)
+    if cut.rows < needed:
+        raise ValueError(f"attention: {method} needs a tile of {needed} rows, got {cut.rows}")
     if not images:
         return dqkv
-    delta = torch.empty_like(lse) if method == "both" else None
     bulk = _bulk(cut, qkv, y, dy, dqkv)
-    options = dict(FACTOR=scale, WHOLE=method != "both", **_options(cut, width, scale, bulk))
-
-    def operands(first: int, second: int, of_queries: int) -> tuple:
-        q, kv = (_operand(qkv, n, width, bulk) for n in (first, second))
-        dq, dkv = (_operand(dqkv, n, width, bulk) for n in (first, second))
-        out, g = (_operand(x, of_queries, width, bulk) for x in (y, dy))
-        return q, kv, out, g, lse, delta, dq, dkv, tokens, queries, heads
-
-    tiles = triton.cdiv(tokens, cut.rows) if method == "both" else 1
+    options = dict(FACTOR=scale, **_options(cut, width, scale, bulk))
+    whole = method in ("rows", "columns")
+    grid = (images * heads, 1 if whole else triton.cdiv(tokens, cut.rows))
+    sizes = (tokens, queries, heads)
+    (qkv_r, qkv_c), (dqkv_r, dqkv_c), (y_r, y_c), (dy_r, dy_c) = (
+        [_operand(x, n, width, bulk) for n in (cut.rows, cut.chunk)] for x in (qkv, dqkv, y, dy)
+    )
+    if method == "tiles":
+        _backward_tiles[grid](
+            qkv_r, qkv_c, y_r, y_c, dy_r, dy_c, lse, dqkv_r, *sizes, **options
+        )  # fmt: skip
+        return dqkv
+    delta = None if whole else torch.empty_like(lse)
+    options |= dict(WHOLE=whole, DELTA=not whole)
     if method != "columns":
-        _backward_rows[(images * heads, tiles)](
-            *operands(cut.rows, cut.chunk, cut.rows), **options
-        )
+        _backward_rows[grid](
+            qkv_r, qkv_c, y_r, dy_r, lse, delta, dqkv_r, dqkv_c, *sizes, **options
+        )  # fmt: skip
     if method != "rows":
-        _backward_columns[(images * heads, tiles)](
-            *operands(cut.chunk, cut.rows, cut.chunk), **options
-        )
+        _backward_columns[grid](
+            qkv_c, qkv_r, y_c, dy_c, lse, delta, dqkv_c, dqkv_r, *sizes, **options
+        )  # fmt: skip
     return dqkv
 
 
@@ -330,7 +363,7 @@ def _attention_backward(
     qkv: Tensor, y: Tensor, dy: Tensor, lse: Tensor, scale: float, method: str, backward: list[int]
 ) -> Tensor:
     if not method:
-        method, cut = backward_cut(qkv.shape[1], y.shape[1], qkv.dtype)
+        method, cut = backward_cut(qkv.shape[1], y.shape[1], qkv.shape[4], qkv.dtype)
     else:
         cut = Cut(*backward)
     with torch.cuda.device_of(qkv):
