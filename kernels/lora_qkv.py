@@ -63,6 +63,15 @@ def _choose(options, slot, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _ranks_before(ranks, slot, COUNT: tl.constexpr):
+    """Sum of the ranks of the slots before one."""
+    total = 0
+    for j in tl.static_range(COUNT):
+        total += tl.where(slot > j, ranks[j], 0)
+    return total
+
+
+@triton.jit
 def _up_tile(
     b, scale, rank, g, b_stride, scale_stride, column, WIDTH: tl.constexpr, RANK: tl.constexpr,
     dtype: tl.constexpr,
@@ -414,23 +423,25 @@ def _sweep(
         wide_x = tl.dot(x_tile, tl.load(factor + k).T, wide_x, input_precision="ieee")
     low_x = wide_x.to(dtype)
 
-    total = 0
-    for slot in tl.static_range(COUNT):
-        total += ranks[slot]
+    # one loop over all slots: between two loops the loads that run ahead would start anew
+    total = _ranks_before(ranks, COUNT, COUNT)
     wide_dy = tl.zeros((M, S), tl.float32)
-    begin = 0
-    for slot in tl.static_range(COUNT):
-        rank = ranks[slot]
-        dy_place = dy + row * (3 * WIDTH) + _position(slot, TARGETS) * WIDTH + chunk[None, :]
-        own = ((s >= begin) & (s < begin + rank))[None, :]
-        db = parts + (total + begin) * WIDTH + chunk[:, None] * rank + (s - begin)[None, :]
-        factor += S * WIDTH
-        for k in tl.range(0, WIDTH, C):
-            dy_tile = tl.load(dy_place + k, mask=inside, other=0.0, eviction_policy="evict_first")
-            wide_dy = tl.dot(dy_tile, tl.load(factor + k).T, wide_dy, input_precision="ieee")
-            part = tl.dot(dy_tile.T, low_x, input_precision="ieee")
-            tl.store(db + k * rank, part, mask=own)
-        begin += rank
+    dy_place = dy + row * (3 * WIDTH) + chunk[None, :]
+    factor += S * WIDTH
+    for step in tl.range(0, COUNT * WIDTH, C):
+        slot = step // WIDTH
+        k = step - slot * WIDTH
+        dy_column = _position(slot, TARGETS) * WIDTH + k
+        dy_tile = tl.load(
+            dy_place + dy_column, mask=inside, other=0.0, eviction_policy="evict_first"
+        )
+        up_tile = tl.load(factor + (slot * (S * WIDTH) + k))
+        wide_dy = tl.dot(dy_tile, up_tile.T, wide_dy, input_precision="ieee")
+        part = tl.dot(dy_tile.T, low_x, input_precision="ieee")
+        begin, rank = _ranks_before(ranks, slot, COUNT), _choose(ranks, slot, COUNT)
+        r = s - begin
+        db = parts + (total + begin) * WIDTH + (k + chunk)[:, None] * rank + r[None, :]
+        tl.store(db, part, mask=((r >= 0) & (r < rank))[None, :])
     low_dy = wide_dy.to(dtype)
 
     da = parts + s[None, :] * WIDTH + chunk[:, None]
@@ -448,10 +459,7 @@ def _sweep_sum(
     """Add a share's parts, always in the same order: da (G, R, D) and db (G, D, R) of each slot."""
     side, slot = tl.program_id(1) // COUNT, tl.program_id(1) % COUNT
     g = tl.program_id(2).to(tl.int64)
-    total, begin = 0, 0
-    for j in tl.static_range(COUNT):
-        begin += tl.where(j < slot, ranks[j], 0)
-        total += ranks[j]
+    total, begin = _ranks_before(ranks, COUNT, COUNT), _ranks_before(ranks, slot, COUNT)
     size = _choose(ranks, slot, COUNT) * WIDTH
     element = tl.program_id(0) * E + tl.arange(0, E)
     parts += g * blocks * part_size + (side * total + begin) * WIDTH + element[None, :]
@@ -577,14 +585,15 @@ FUSED_RANKS = 32  # of all slots together: what _sweep takes; parts grow with th
 class Sweep(NamedTuple):
     """How _sweep is cut: rows of a program, columns of a tile, and how a program runs."""
 
-    m: int = 128
-    c: int = 128
-    warps: int = 4
-    stages: int = 3
+    m: int
+    c: int
+    warps: int
+    stages: int
 
 
-SWEEP = Sweep()
-SWEEP_FLOAT32 = Sweep(64, 32, 4, 2)
+SWEEP = Sweep(128, 64, 8, 4)  # two programs on a processor, 100 KB of tiles on their way to each
+SWEEP_FEW_ROWS = Sweep(64, 128, 4, 4)  # where SWEEP has too few programs for the chip
+SWEEP_FLOAT32 = Sweep(32, 32, 4, 2)
 
 
 def _dense(x: Tensor, width: int) -> Tensor:
@@ -737,11 +746,11 @@ def launch_forward(
     index: Tensor | None,
     tokens: int,
     loop: bool,
-    tile: Tile = FORWARD,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From x (T, D) y (T, 3 D) and x a^T (COUNT, T, RANK)."""
     rows, width = x.shape
-    tile = _fit(tile, width, factors.padded, x.dtype, _chip(x.device))
+    tile = _fit(tile or FORWARD, width, factors.padded, x.dtype, _chip(x.device))
     y = torch.empty((rows, 3 * width), dtype=x.dtype, device=x.device)
     if loop:
         low = torch.empty((factors.count, rows, factors.padded), dtype=x.dtype, device=x.device)
@@ -769,11 +778,11 @@ def launch_input_grad(
     index: Tensor | None,
     tokens: int,
     loop: bool,
-    tile: Tile = INPUT_GRAD,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From dy (T, 3 D) dx (T, D) and s dy b (COUNT, T, RANK)."""
     rows, width = dy.shape[0], weight.shape[1]
-    tile = _fit(tile, width, factors.padded, dy.dtype, _chip(dy.device))
+    tile = _fit(tile or INPUT_GRAD, width, factors.padded, dy.dtype, _chip(dy.device))
     dx = torch.empty((rows, width), dtype=dy.dtype, device=dy.device)
     if loop:
         low = torch.empty((factors.count, rows, factors.padded), dtype=dy.dtype, device=dy.device)
@@ -844,16 +853,11 @@ def launch_pack_all(factors: _Factors, width: int, dtype: torch.dtype) -> Tensor
     return packed
 
 
-def _fit_sweep(
-    sweep: Sweep, width: int, share: int, groups: int, dtype: torch.dtype, chip: Chip
-) -> Sweep:
-    """The cut with columns that divide the width, and with work for every processor."""
+def _sweep_of(share: int, groups: int, dtype: torch.dtype, chip: Chip) -> Sweep:
     if dtype == torch.float32:
-        sweep = SWEEP_FLOAT32
-    m = sweep.m
-    while m > 64 and triton.cdiv(share, m) * groups < chip.processors:
-        m //= 2
-    return sweep._replace(m=m, c=min(sweep.c, width & -width))
+        return SWEEP_FLOAT32
+    programs = triton.cdiv(share, SWEEP.m) * groups
+    return SWEEP if programs >= chip.processors else SWEEP_FEW_ROWS
 
 
 def launch_sweep(
@@ -862,6 +866,7 @@ def launch_sweep(
     """Parts of both gradients, from dy (T, 3 D) and x (T, D), and how many each share has."""
     rows, width = x.shape
     share, size = rows // factors.groups, 2 * sum(factors.ranks) * width
+    sweep = sweep._replace(c=min(sweep.c, width & -width))  # columns that divide the width
     blocks = triton.cdiv(share, sweep.m)
     parts = torch.empty((factors.groups, blocks, size), dtype=torch.float32, device=x.device)
     _sweep[(blocks, factors.groups)](
@@ -873,12 +878,12 @@ def launch_sweep(
 
 
 def launch_fused_factor_grad(
-    dy: Tensor, x: Tensor, factors: _Factors, sweep: Sweep = SWEEP
+    dy: Tensor, x: Tensor, factors: _Factors, sweep: Sweep | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both gradients of each slot, from dy (T, 3 D) and x (T, D); each LoRA has an equal share."""
     rows, width = x.shape
     groups, count = factors.groups, factors.count
-    sweep = _fit_sweep(sweep, width, rows // groups, groups, x.dtype, _chip(x.device))
+    sweep = sweep or _sweep_of(rows // groups, groups, x.dtype, _chip(x.device))
     packed = launch_pack_all(factors, width, x.dtype)
     parts, blocks = launch_sweep(dy, x, packed, factors, sweep)
     da = [torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in factors.a]

@@ -122,6 +122,37 @@ def test_lora_qkv_of_many_loras_matches_reference(tokens, index):
     assert_matches("pass", case, torch.tensor(index, device=DEVICE))
 
 
+SHARES = [
+    (6, 37, 32, {"q": 4, "v": 4}, 3),
+    (4, 1, 16, {"q": 1, "k": 3, "v": 2}, 4),
+    (2, 150, 48, {"v": 17}, 2),  # a share in more than one block of rows
+    (4, 20, 32, {"q": 16, "k": 3, "v": 16}, 2),  # more ranks than one sweep takes
+]
+
+
+@pytest.mark.parametrize("method", ["merge", "pass"])
+@pytest.mark.parametrize(("images", "tokens", "width", "ranks", "g"), SHARES)
+def test_lora_qkv_of_equal_shares_matches_reference(method, images, tokens, width, ranks, g):
+    case = inputs(images, tokens, width, ranks, g, bias=g != 3)
+    assert_matches(method, case)
+    index = torch.arange(g, device=DEVICE).repeat_interleave(images // g)
+    want = reference.lora_qkv(*case, index)
+    assert error(kernels.lora_qkv(*case, None, method=method), want) <= F32
+
+
+def test_lora_qkv_of_equal_shares_in_float16_is_as_exact_as_eager():
+    assert_as_exact_as_eager("merge", inputs(4, 37, 64, {"q": 4, "v": 4}, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("sweep", [(16, 16, 4, 2), (32, 64, 4, 3), (256, 32, 8, 2)])
+@pytest.mark.parametrize("g", [1, 3])
+def test_gradient_of_factors_is_the_same_however_it_is_cut(sweep, g, monkeypatch):
+    monkeypatch.setattr(kernels, "SWEEP_FEW_ROWS", kernels.Sweep(*sweep))
+    monkeypatch.setattr(kernels, "SUM_PARTS", 4)
+    case = inputs(3, 37, 64, {"q": 4, "k": 1, "v": 4}, g, dtype=torch.float16)
+    assert_as_exact_as_eager("merge", case)
+
+
 def test_lora_qkv_ignores_the_index_of_one_lora():
     case = inputs(2, 5, 16, {"q": 4})
     assert_matches("merge", case, torch.zeros(2, dtype=torch.int64, device=DEVICE))
@@ -163,10 +194,10 @@ def test_lora_qkv_padding_gets_no_gradient(method):
     assert b.grad[:, :, 0].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "g"), [*((m, 1) for m in METHODS), ("merge", 2)])
 @pytest.mark.parametrize("trained", ["x", "factors", "a", "nothing"])
-def test_lora_qkv_gradient_of_some_inputs(method, trained):
-    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2})
+def test_lora_qkv_gradient_of_some_inputs(method, g, trained):
+    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2}, g)
     leaves = []
     if trained == "x":
         leaves = [x]
@@ -183,9 +214,9 @@ def test_lora_qkv_gradient_of_some_inputs(method, trained):
             assert error(got, exact) <= F32
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_lora_qkv_of_no_image(method):
-    x, weight, bias, lora = inputs(0, 5, 16, {"q": 3, "v": 2})
+@pytest.mark.parametrize(("method", "g"), [*((m, 1) for m in METHODS), ("merge", 2), ("pass", 2)])
+def test_lora_qkv_of_no_image(method, g):
+    x, weight, bias, lora = inputs(0, 5, 16, {"q": 3, "v": 2}, g)
     leaves = [x, *(v for f in lora.values() for v in f[:2])]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -220,6 +251,7 @@ def test_lora_qkv_of_many_loras_takes_any_memory():
     spread = torch.stack((bias, bias), 1)[:, 0]
     shifted = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(weight.shape)
     assert_matches("pass", (x, shifted, spread, stacked), index)
+    assert_matches("merge", (x.mT.contiguous().mT, shifted, spread, stacked))
 
 
 def test_lora_qkv_without_loras_is_the_plain_product():
@@ -254,9 +286,9 @@ def test_lora_qkv_under_autocast_keeps_gradients_of_factors_in_float32(method):
         assert error(got, exact) < 2e-3
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_lora_qkv_is_the_same_each_time(method):
-    case = inputs(2, 150, 32, {"q": 4, "v": 4})
+@pytest.mark.parametrize(("method", "g"), [*((m, 1) for m in METHODS), ("merge", 2)])
+def test_lora_qkv_is_the_same_each_time(method, g):
+    case = inputs(2, 150, 32, {"q": 4, "v": 4}, g)
     dy = randn(2, 150, 3, 32, seed=3)
     runs = [
         results(lambda *args: kernels.lora_qkv(*args, method=method), *case, None, dy)
@@ -278,8 +310,12 @@ def test_rejects_what_the_kernels_cannot_do():
     with torch.no_grad():  # nothing is asked for
         kernels.lora_qkv(x, weight.clone().requires_grad_(), bias, lora, None)
     many = inputs(2, 5, 16, {"q": 4}, g=2)
-    with pytest.raises(ValueError, match='"merge" takes one LoRA, got 2; use "pass"'):
+    with pytest.raises(ValueError, match='"merge" takes no index; use "pass"'):
         kernels.lora_qkv(*many, index, method="merge")
+    with pytest.raises(ValueError, match='"loop" takes one LoRA, got 2; use "pass"'):
+        kernels.lora_qkv(*many, None, method="loop")
+    with pytest.raises(ValueError, match="2 images are no equal shares for 3 LoRAs"):
+        kernels.lora_qkv(*inputs(2, 5, 16, {"q": 4}, g=3), None)
     with pytest.raises(ValueError, match="ranks up to 64 are supported, got 65"):
         kernels.lora_qkv(*inputs(1, 2, 16, {"q": 65}), None)
     with pytest.raises(ValueError, match="width must be a multiple of 16, got 24"):
@@ -290,9 +326,9 @@ def test_rejects_what_the_kernels_cannot_do():
 
 
 @pytest.mark.filterwarnings("ignore")  # opcheck looks at .grad of what is no leaf
-@pytest.mark.parametrize("method", METHODS)
-def test_lora_qkv_is_a_proper_operator(method):
-    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2})
+@pytest.mark.parametrize(("method", "g"), [*((m, 1) for m in METHODS), ("merge", 2)])
+def test_lora_qkv_is_a_proper_operator(method, g):
+    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2}, g)
     a, b, scale = ([f[i] for f in lora.values()] for i in range(3))
     x.requires_grad_()
     for leaf in (*a, *b):
@@ -316,10 +352,20 @@ def test_lora_qkv_gradients_are_proper_operators(many):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("rank", [3, 40])
+def test_fused_gradient_of_factors_is_a_proper_operator(g, rank):
+    x, _, _, lora = inputs(2, 5, 16, {"q": rank, "v": 2}, g)
+    factors = ([f[i] for f in lora.values()] for i in range(3))
+    dy = randn(2, 5, 48)
+    torch.library.opcheck(kernels._lora_qkv_fused_factor_grad, (dy, x, *factors, [0, 2]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "g"), [*((m, 1) for m in METHODS), ("merge", 2)])
 @pytest.mark.parametrize("trained", ["x", "factors", "both"])
-def test_lora_qkv_traces_as_one_graph(method, trained):
-    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2})
+def test_lora_qkv_traces_as_one_graph(method, g, trained):
+    x, weight, bias, lora = inputs(2, 5, 16, {"q": 3, "v": 2}, g)
     factors = [v for f in lora.values() for v in f[:2]]
     leaves = {"x": [x], "factors": factors, "both": [x, *factors]}[trained]
     for leaf in leaves:
@@ -359,6 +405,17 @@ def launches(arch):
                     kernels._lora_qkv_input_grad(dy, weight, *factors, method == "loop")
             low = kernels._lora_qkv_project(x, *factors, False)
             kernels._lora_qkv_factor_grad(dy, x, low, low, *factors)
+            if g == 1:
+                kernels._lora_qkv_fused_factor_grad(dy, x, *factors[:3], [0, 2])
+    for images, tokens in ((2, 5), (100, 197)):  # both ways to cut the sweep, ranks of one tile
+        for ranks in ({"q": 4, "v": 4}, {"q": 8, "k": 8, "v": 16}):
+            x, weight, _, lora = inputs(images, tokens, 768, ranks, 2, dtype=torch.bfloat16)
+            f = kernels._factors(
+                *([f[i] for f in lora.values()] for i in range(3)), ["qkv".index(t) for t in ranks]
+            )
+            kernels.launch_merge(weight, f)
+            rows = x.view(-1, 768)
+            kernels.launch_fused_factor_grad(rows.new_empty(len(rows), 2304), rows, f)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -371,6 +428,12 @@ def test_lora_qkv_builds_for_every_gpu(arch):
         assert sum(x.warpgroup_products > 0 for x in products) == 12  # all but float32's
         assert not any(x.stack_bytes for x in products if x.warpgroup_products)
         assert all(x.bulk_copies for x in products)
+    sweeps = [x for x in found if x.kernel == "_sweep"]
+    assert len(sweeps) == 5
+    if arch == 90:
+        fast = [x for x in sweeps if x.warpgroup_products]
+        assert len(fast) == len(sweeps) - 1  # all but float32's
+        assert not any(x.stack_bytes for x in fast)
 
 
 # ------------------------------------------------------------------ on a GPU
@@ -396,6 +459,45 @@ class TestOnGPU:
             torch.randint(8, (24,), generator=torch.Generator().manual_seed(0)),
         ):
             assert_as_exact_as_eager("pass", case, index.cuda())
+
+    @pytest.mark.parametrize("width", [192, 768])
+    @pytest.mark.parametrize("ranks", [{"q": 4, "v": 4}, {"q": 16, "k": 1, "v": 15}, {"v": 64}])
+    def test_bf16_of_equal_shares_is_as_exact_as_eager(self, width, ranks):
+        case = inputs(24, 197, width, ranks, g=4, dtype=torch.bfloat16)
+        assert_as_exact_as_eager("merge", case)
+
+    @pytest.mark.parametrize("images_tokens", [(1, 5), (25, 197), (100, 197)])
+    @pytest.mark.parametrize("sweep", [(128, 64, 8, 4), (64, 128, 4, 4), (128, 128, 4, 2)])
+    def test_bf16_gradient_of_factors_by_any_sweep(self, images_tokens, sweep, monkeypatch):
+        for name in ("SWEEP", "SWEEP_FEW_ROWS"):
+            monkeypatch.setattr(kernels, name, kernels.Sweep(*sweep))
+        case = inputs(*images_tokens, 768, {"q": 4, "k": 2, "v": 4}, dtype=torch.bfloat16)
+        assert_as_exact_as_eager("merge", case)
+
+    @pytest.mark.parametrize("g", [1, 3])
+    def test_merge_is_captured_in_a_graph(self, g):
+        x, weight, bias, lora = inputs(6, 197, 768, {"q": 4, "v": 4}, g, dtype=torch.bfloat16)
+        dy = randn(6, 197, 3, 768, seed=5, dtype=torch.bfloat16)
+        leaves = [x.requires_grad_(), *(v.requires_grad_() for f in lora.values() for v in f[:2])]
+
+        def step():
+            y = kernels.lora_qkv(x, weight, bias, lora, None)
+            return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # compiled before the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.mul_(0.5)
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_float32_matches_reference(self, method):
