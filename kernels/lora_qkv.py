@@ -860,10 +860,8 @@ def _sweep_of(share: int, groups: int, dtype: torch.dtype, chip: Chip) -> Sweep:
     return SWEEP if programs >= chip.processors else SWEEP_FEW_ROWS
 
 
-def launch_sweep(
-    dy: Tensor, x: Tensor, packed: Tensor, factors: _Factors, sweep: Sweep
-) -> tuple[Tensor, int]:
-    """Parts of both gradients, from dy (T, 3 D) and x (T, D), and how many each share has."""
+def launch_sweep(dy: Tensor, x: Tensor, packed: Tensor, factors: _Factors, sweep: Sweep) -> Tensor:
+    """Parts of both gradients (G, blocks, 2 sum of ranks D), from dy (T, 3 D) and x (T, D)."""
     rows, width = x.shape
     share, size = rows // factors.groups, 2 * sum(factors.ranks) * width
     sweep = sweep._replace(c=min(sweep.c, width & -width))  # columns that divide the width
@@ -874,26 +872,30 @@ def launch_sweep(
         WIDTH=width, TARGETS=factors.targets, COUNT=factors.count, S=packed.shape[2],
         M=sweep.m, C=sweep.c, num_warps=sweep.warps, num_stages=sweep.stages,
     )  # fmt: skip
-    return parts, blocks
+    return parts
 
 
-def launch_fused_factor_grad(
-    dy: Tensor, x: Tensor, factors: _Factors, sweep: Sweep | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both gradients of each slot, from dy (T, 3 D) and x (T, D); each LoRA has an equal share."""
-    rows, width = x.shape
-    groups, count = factors.groups, factors.count
-    sweep = sweep or _sweep_of(rows // groups, groups, x.dtype, _chip(x.device))
-    packed = launch_pack_all(factors, width, x.dtype)
-    parts, blocks = launch_sweep(dy, x, packed, factors, sweep)
+def launch_sweep_sum(parts: Tensor, factors: _Factors) -> tuple[list[Tensor], list[Tensor]]:
+    """Both gradients of each slot, from parts (G, blocks, 2 sum of ranks D)."""
+    groups, blocks, size = parts.shape
+    width, count = factors.a[0].shape[2], factors.count
     da = [torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in factors.a]
     db = [torch.empty(b.shape, dtype=b.dtype, device=b.device) for b in factors.b]
     _sweep_sum[(triton.cdiv(max(factors.ranks) * width, SUM_ELEMENTS), 2 * count, groups)](
         parts, tuple(da), tuple(db), factors.scale, factors.ranks, factors.strides("scale"),
-        blocks, parts.shape[2],
+        blocks, size,
         WIDTH=width, COUNT=count, P=SUM_PARTS, E=SUM_ELEMENTS, num_warps=4,
     )  # fmt: skip
     return da, db
+
+
+def launch_fused_factor_grad(
+    dy: Tensor, x: Tensor, factors: _Factors
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both gradients of each slot, from dy (T, 3 D) and x (T, D); each LoRA has an equal share."""
+    sweep = _sweep_of(len(x) // factors.groups, factors.groups, x.dtype, _chip(x.device))
+    packed = launch_pack_all(factors, x.shape[1], x.dtype)
+    return launch_sweep_sum(launch_sweep(dy, x, packed, factors, sweep), factors)
 
 
 def launch_merge(weight: Tensor, factors: _Factors) -> Tensor:
@@ -1093,7 +1095,7 @@ def _lora_qkv_fused_factor_grad(
     factors = _factors(a, b, scale, positions)
     dy_rows, x_rows = _dense(dy, dy.shape[2]), _dense(x, x.shape[2])
     if len(x_rows) == 0:
-        return [torch.zeros_like(v) for v in a], [torch.zeros_like(v) for v in b]
+        return [v.new_zeros(v.shape) for v in a], [v.new_zeros(v.shape) for v in b]
     with torch.cuda.device_of(x):
         if sum(factors.ranks) <= FUSED_RANKS:
             return launch_fused_factor_grad(dy_rows, x_rows, factors)
@@ -1170,6 +1172,8 @@ def merged_weight(weight: Tensor, lora: dict[str, LowRank]) -> Tensor:
     if not positions:
         return weight
     a, b, scale = ([lora[POSITIONS[p]][i].detach() for p in positions] for i in range(3))
+    if len(a[0]) != 1:
+        raise ValueError(f"merged_weight: one LoRA is merged, got {len(a[0])}")
     with torch.no_grad(), torch.cuda.device_of(weight):
         return launch_merge(weight.contiguous(), _factors(a, b, scale, positions))[0]
 

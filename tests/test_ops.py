@@ -67,6 +67,18 @@ def test_lora_linear_matches_merged_dense_weights(g):
     torch.testing.assert_close(ops.lora_linear(x, weight, bias), x @ weight.T + bias, **F64)
 
 
+@pytest.mark.parametrize("g", [2, 3])
+def test_loras_without_an_index_have_equal_consecutive_shares(g):
+    x, weight = randn(6, 4, 5, seed=1), randn(15, 5, seed=2)
+    index = torch.arange(g).repeat_interleave(6 // g)
+    lora = {"q": low_rank(g, 2, 5, 5, 3), "v": low_rank(g, 1, 5, 5, 5)}
+    y = ops.lora_qkv(x, weight, None, lora)
+    torch.testing.assert_close(y, ops.lora_qkv(x, weight, None, lora, lora_index=index), **F64)
+    y = ops.lora_linear(x, weight[:5], None, lora["q"])
+    want = ops.lora_linear(x, weight[:5], None, lora["q"], lora_index=index)
+    torch.testing.assert_close(y, want, **F64)
+
+
 def test_lora_padding_rows_get_no_gradient():
     """What keeps a LoRA of rank 1 at rank 1 beside one of rank 3."""
     a, b, scale = low_rank(1, 3, 6, 6, 4)
