@@ -496,9 +496,17 @@ def _evaluated(source: str, backbone: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _report(options: o.Report) -> int:
+    from fastrecycle.bench_report import TABLES, write_benchmarks, write_table
     from fastrecycle.report import write_report
 
-    for path in write_report(options.run):
+    out = options.out or options.results
+    if options.what == "benchmarks":
+        written = write_benchmarks(options.results, out)
+    elif options.what in TABLES:
+        written = write_table(options.what, options.results, options.runs, out, options.dataset)
+    else:
+        written = write_report(options.what)
+    for path in written:
         print(path)
     return OK
 
@@ -566,9 +574,11 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         o.Report,
         _report,
-        "Draw a run's curves and synthetic images and list its settings and results.",
+        "Draw a run's curves and synthetic images and list its settings and results; or the"
+        " benchmarks' tables and plots (benchmarks, table4, table5).",
         "fastrecycle report runs/recycle",
-        "report.md, curves.png and synthetic.png in the run's folder.",
+        "report.md, curves.png and synthetic.png in the run's folder; benchmarks.md and plots, or"
+        " table4.md, table5.md, beside the records.",
     ),
     "info": Command(
         o.Info,

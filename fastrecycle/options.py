@@ -206,11 +206,19 @@ class Eval:
 
 @dataclass(frozen=True)
 class Report:
-    """Pictures and tables of a run."""
+    """Pictures and tables of a run, or of the benchmarks."""
 
     common: OmitArgPrefixes[Common]
-    # Folder of the run.
-    run: Positional[Path]
+    # Folder of the run; or benchmarks: all records; or table4, table5: speed beside accuracy.
+    what: Positional[str]
+    # Folder of the benchmarks' records.
+    results: Path = Path("benchmarks/results")
+    # For table4 and table5: folders of runs with evaluations in JSON, one for each setting.
+    runs: tuple[Path, ...] = ()
+    # For table4 and table5: data set whose evaluations to show.
+    dataset: str = "cifar_fs"
+    # Where tables of benchmarks go; unset means beside the records. A run's stay in its folder.
+    out: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def plot_metrics(
             axes.set_title(f"{stage}: {name}", fontsize=9)
             axes.set_xlabel("step", fontsize=8)
             axes.tick_params(labelsize=7)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def plot_pool(pool: SyntheticPool, path: str | Path, *, loras: int = 6, classes: int = 5) -> float:
@@ -101,7 +101,7 @@ def plot_pool(pool: SyntheticPool, path: str | Path, *, loras: int = 6, classes:
             masked = masked_images(image, kept[found], image.shape[-1] // grid, fill=0.5)
             cell.imshow(_beside(image[0], masked[0]), interpolation="nearest")
             cell.set_title(names[label] if names else f"class {label}", fontsize=7, pad=2)
-    _write(figure, path)
+    write_figure(figure, path)
     return share
 
 
@@ -111,7 +111,8 @@ def _beside(left: Tensor, right: Tensor) -> Any:
     return torch.cat((left, gap, right), dim=2).permute(1, 2, 0).numpy()
 
 
-def _write(figure: Any, path: str | Path) -> None:
+def write_figure(figure: Any, path: str | Path) -> None:
+    """A matplotlib figure as PNG, atomically."""
     atomic_write(path, lambda stream: figure.savefig(stream, format="png", dpi=130))
 
 
