@@ -178,6 +178,36 @@ def bn_prior(
     return y.to(x.dtype), mu, sigma2
 
 
+def augment(
+    images: Tensor,
+    rows: Tensor,
+    row_maps: Tensor | None,
+    column_maps: Tensor | None,
+    which: Tensor | None,
+    flip: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Images of a pool: R X C^T clamped to [0, 1], mirrored, normalised.
+
+    images (P, 3, S, S) uint8; rows, which (B,) int64; maps (M, S, S), which None: M = B; without
+    maps nothing is clamped; flip (B,) bool; mean, std of 3 channels. Returns (B, 3, S, S).
+    """
+    pixels = images[rows].float() / 255
+    if row_maps is not None and column_maps is not None:
+        maps = [m if which is None else m[which] for m in (row_maps, column_maps)]
+        r, c = (m.float()[:, None] for m in maps)
+        with no_autocast(images):
+            pixels = (r @ pixels @ c.mT).clamp(0, 1)
+    pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+    shift, scale = (  # filled on the device: no copy from the host
+        torch.stack([torch.full((), v, device=images.device) for v in values])[:, None, None]
+        for values in (mean, std)
+    )
+    return ((pixels - shift) / scale).to(dtype)
+
+
 def moment_distance(
     moments: Sequence[tuple[Tensor, Tensor]], mean: Tensor, var: Tensor, first_bn: float
 ) -> Tensor:
