@@ -155,7 +155,7 @@ def _launch(
 @torch.library.custom_op("fastrecycle::augment", mutates_args=())
 def _augment(
     images: Tensor, rows: Tensor, row_maps: Tensor | None, column_maps: Tensor | None,
-    which: Tensor | None, flip: Tensor, mean: Sequence[float], std: Sequence[float],
+    which: Tensor | None, flip: Tensor, mean: list[float], std: list[float],
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     with torch.cuda.device_of(images):
