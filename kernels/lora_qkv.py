@@ -398,13 +398,13 @@ def _pack_all(
 def _sweep(
     x, dy, packed, parts, ranks, share, part_size,
     WIDTH: tl.constexpr, TARGETS: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr,
-    M: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """What some rows of a share add to da and db: (G, BLOCKS, 2, sum of ranks, D).
 
-    x is read once for x a^T and once more, from the L2 cache, for da; dy is read once, each tile
-    for s dy b and for db. The columns of both low products are those of all slots: s b^T is zero
-    at another slot's, and of db only a slot's own columns are written.
+    x is read for x a^T and for da: with KEEP once, all of the rows held in shared memory, else once
+    more. dy is read once, each tile for s dy b and for db. The columns of both low products are
+    those of all slots: s b^T is zero at another slot's, and of db only a slot's own are written.
     """
     block, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     within = block * M + tl.arange(0, M)
@@ -418,9 +418,17 @@ def _sweep(
 
     wide_x = tl.zeros((M, S), tl.float32)
     x_place = x + row * WIDTH + chunk[None, :]
-    for k in tl.range(0, WIDTH, C):
-        x_tile = tl.load(x_place + k, mask=inside, other=0.0, eviction_policy="evict_last")
-        wide_x = tl.dot(x_tile, tl.load(factor + k).T, wide_x, input_precision="ieee")
+    if KEEP:
+        x_tiles = ()
+        for i in tl.static_range(WIDTH // C):
+            x_tiles += (tl.load(x_place + i * C, mask=inside, other=0.0),)
+        for i in tl.static_range(WIDTH // C):
+            a_tile = tl.load(factor + i * C)
+            wide_x = tl.dot(x_tiles[i], a_tile.T, wide_x, input_precision="ieee")
+    else:
+        for k in tl.range(0, WIDTH, C):
+            x_tile = tl.load(x_place + k, mask=inside, other=0.0)
+            wide_x = tl.dot(x_tile, tl.load(factor + k).T, wide_x, input_precision="ieee")
     low_x = wide_x.to(dtype)
 
     # one loop over all slots: between two loops the loads that run ahead would start anew
@@ -432,9 +440,7 @@ def _sweep(
         slot = step // WIDTH
         k = step - slot * WIDTH
         dy_column = _position(slot, TARGETS) * WIDTH + k
-        dy_tile = tl.load(
-            dy_place + dy_column, mask=inside, other=0.0, eviction_policy="evict_first"
-        )
+        dy_tile = tl.load(dy_place + dy_column, mask=inside, other=0.0)
         up_tile = tl.load(factor + (slot * (S * WIDTH) + k))
         wide_dy = tl.dot(dy_tile, up_tile.T, wide_dy, input_precision="ieee")
         part = tl.dot(dy_tile.T, low_x, input_precision="ieee")
@@ -445,10 +451,15 @@ def _sweep(
     low_dy = wide_dy.to(dtype)
 
     da = parts + s[None, :] * WIDTH + chunk[:, None]
-    for k in tl.range(0, WIDTH, C):
-        x_tile = tl.load(x_place + k, mask=inside, other=0.0, eviction_policy="evict_first")
-        part = tl.dot(x_tile.T, low_dy, input_precision="ieee")
-        tl.store(da + k, part, mask=(s < total)[None, :])
+    if KEEP:
+        for i in tl.static_range(WIDTH // C):
+            part = tl.dot(x_tiles[i].T, low_dy, input_precision="ieee")
+            tl.store(da + i * C, part, mask=(s < total)[None, :])
+    else:
+        for k in tl.range(0, WIDTH, C):
+            x_tile = tl.load(x_place + k, mask=inside, other=0.0)
+            part = tl.dot(x_tile.T, low_dy, input_precision="ieee")
+            tl.store(da + k, part, mask=(s < total)[None, :])
 
 
 @triton.jit
@@ -589,6 +600,7 @@ class Sweep(NamedTuple):
     c: int
     warps: int
     stages: int
+    keep: bool = False  # x in shared memory
 
 
 SWEEP = Sweep(128, 64, 8, 4)  # two programs on a processor, 100 KB of tiles on their way to each
@@ -870,7 +882,7 @@ def launch_sweep(dy: Tensor, x: Tensor, packed: Tensor, factors: _Factors, sweep
     _sweep[(blocks, factors.groups)](
         x, dy, packed, parts, factors.ranks, share, size,
         WIDTH=width, TARGETS=factors.targets, COUNT=factors.count, S=packed.shape[2],
-        M=sweep.m, C=sweep.c, num_warps=sweep.warps, num_stages=sweep.stages,
+        M=sweep.m, C=sweep.c, KEEP=sweep.keep, num_warps=sweep.warps, num_stages=sweep.stages,
     )  # fmt: skip
     return parts
 
