@@ -256,8 +256,13 @@ class MetaTrainer:
             # raises if inversion left too few patches
             pool.keep(1 - self.masked_count / pool.patches)
         side = vit.config.image_size
+        # the kernels have no gradient for the backbone's own weights
+        self.impl: Impl = "reference" if config.learn == "backbone" else impl_of(backend)
+        # and where images are bf16 those of the augmentation take float16
+        halves = self.impl == "triton" and precision == "bf16"
+        self.map_dtype = torch.float16 if halves else torch.float32
         self.shrink, self.masked_shrink = (
-            shrink_table(side, *sides).to(device) if sides[1] else None
+            shrink_table(side, *sides).to(device, self.map_dtype) if sides[1] else None
             for sides in (config.resolution, config.masked_resolution)
         )
         self.vit = vit
@@ -293,8 +298,6 @@ class MetaTrainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.iteration = 0
         self.clock = torch.zeros((), device=device)
-        # the kernels have no gradient for the backbone's own weights
-        self.impl: Impl = "reference" if config.learn == "backbone" else impl_of(backend)
         if backend != "reference" and precision == "bf16" and config.learn != "backbone":
             self.backbone = vit.prepared(torch.bfloat16)
         else:
@@ -373,7 +376,9 @@ class MetaTrainer:
                 crop_maps(draw.crop[0], start, side) for start in draw.crop[1:]
             )
             if table is not None:
-                row_maps, column_maps = table[which] @ row_maps, table[which] @ column_maps
+                first = table[which].float()
+                row_maps, column_maps = first @ row_maps, first @ column_maps
+            row_maps, column_maps = row_maps.to(self.map_dtype), column_maps.to(self.map_dtype)
             which = None
         flip = draw.flip.repeat_interleave(per_task)
         images = augment(

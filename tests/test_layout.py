@@ -14,7 +14,8 @@ PACKAGE = ROOT / "fastrecycle"
 ORDER = [
     "config", "files", "augment", "capture", "pruning", "ops", "lora", "peft_format", "vit",
     "weights", "sources", "prior", "pool", "inversion", "classifier", "metatrain", "data", "eval",
-    "pretune", "inputs", "run", "recycler", "report", "info", "options", "demo", "cli",
+    "pretune", "inputs", "run", "recycler", "report", "bench_report", "info",
+    "options", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
