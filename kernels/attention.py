@@ -260,7 +260,7 @@ def backward_cut(tokens: int, queries: int, width: int, dtype: torch.dtype) -> t
         return "rows", Cut(rows, min(64, _tile(tokens)), bulk=1)
     if rows * width <= 128 * 64:
         return "rows", Cut(rows, 32, warps=8, bulk=1)
-    return "tiles", Cut(64, 64 if width <= 64 else 32, bulk=1)
+    return "tiles", Cut(64, 32, stages=2, bulk=1)
 
 
 def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDescriptor:
@@ -272,11 +272,13 @@ def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDes
 
 
 def _bulk(cut: Cut, *tensors: Tensor) -> bool:
-    """Whether to use the tensor copy engine, which wants aligned memory and
+    """Whether to use the tensor copy engine: it is there from Hopper on, wants aligned memory, and
     moves at most 256 rows.
     """
-    fits = max(cut.rows, cut.chunk) <= 256
-    return bool(cut.bulk) and fits and all(x.data_ptr() % 16 == 0 for x in tensors)
+    device = tensors[0].device
+    there = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    fits = max(cut.rows, cut.chunk) <= 256 and all(x.data_ptr() % 16 == 0 for x in tensors)
+    return bool(cut.bulk) and there and fits
 
 
 def _options(cut: Cut, width: int, scale: float, bulk: bool) -> dict:

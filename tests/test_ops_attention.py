@@ -15,7 +15,11 @@ from fastrecycle_kernels import reference
 from fastrecycle_kernels.attention import Cut
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty", "no_tf32")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "poison_empty", "no_tf32"),
+    # of the library's own gradient, where memory is poisoned
+    pytest.mark.filterwarnings("ignore:.*non-deterministic algorithm"),
+]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 METHODS = ("rows", "columns", "both", "tiles")
 F32 = 1e-6
@@ -61,7 +65,7 @@ def cuts(method, tokens, queries, bulk):
     rows = {"rows": kernels._tile(queries), "columns": kernels._tile(tokens)}.get(method, 32)
     return {
         "forward": Cut(32, 64, bulk=bulk),
-        "backward": (method, Cut(rows, 16 if tokens < 100 else 64, bulk=bulk)),
+        "backward": (method, Cut(rows, 16 if tokens < 100 else 32, bulk=bulk)),
     }
 
 
@@ -88,6 +92,8 @@ def test_attention_matches_reference(images, tokens, heads, width, queries, meth
     rows = queries or tokens
     dy = randn(images, rows, heads * width, seed=1)
     cut = cuts(method, tokens, rows, bulk)
+    if DEVICE.type == "cuda" and cut["backward"][1].rows > 128:
+        pytest.skip("float32 tiles of so many rows outgrow a multiprocessor")
     got = results(lambda x: kernels.packed_attention(x, queries=queries, **cut)[0], qkv, dy)
     for have, want in zip(got, exact(qkv, dy, queries)):
         assert have.shape == want.shape
