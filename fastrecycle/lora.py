@@ -105,9 +105,16 @@ class LoRAStack:
         if got != depth:
             raise ValueError(f"lora: {_depth_message(got, depth)}")
 
-    def block(self, i: int) -> dict[str, LowRank]:
-        """The factors of block i: target -> (a (G, R, d_in), b (G, d_out, R), scale (G,))."""
-        return {t: (self.a[t][:, i], self.b[t][:, i], self.scale[t][:, i]) for t in self.a}
+    def blocks(self) -> list[dict[str, LowRank]]:
+        """The factors of each block: target -> (a (G, R, d_in), b (G, d_out, R), scale (G,)).
+
+        All at once, since the gradient of one block taken alone is as large as that of all.
+        """
+        apart = {
+            t: zip(*(x.unbind(1) for x in (self.a[t], self.b[t], self.scale[t])), strict=True)
+            for t in self.a
+        }
+        return [dict(zip(apart, each, strict=True)) for each in zip(*apart.values(), strict=True)]
 
     def to(self, *args, **kwargs) -> LoRAStack:
         """The stack on another device or in another dtype."""

@@ -566,9 +566,9 @@ class ViT(nn.Module):
             len(images) + 1, device=images.device, dtype=torch.int32
         )
         packing = (starts, keep.longest + config.prefix_tokens)
-        branch = None
+        branch, adapters = None, [] if stack is None else stack.blocks()
         for i, block in enumerate(cast("list[Block]", self.blocks)):
-            adapter = stack.block(i) if stack is not None else {}
+            adapter = adapters[i] if adapters else {}
             x, branch, _ = block.attend(x, branch, adapter, None, packing=packing, impl=impl)
             x, branch = block.transform(x, branch, adapter, None, impl)
         assert branch is not None
@@ -611,9 +611,10 @@ class ViT(nn.Module):
         patches = config.patches if keep is None else keep.shape[1]
         counts = patches_after_blocks(patches, config.depth, prune)
         kept = self._all(images) if keep is None else keep
+        adapters = [] if stack is None else stack.blocks()
         x, branch, scores = self.embed(images, keep, impl), None, None
         for i, block in enumerate(cast("list[Block]", self.blocks)):
-            adapter = stack.block(i) if stack is not None else {}
+            adapter = adapters[i] if adapters else {}
             drops, last = counts[i] < patches, i == config.depth - 1
             x, branch, scores = block.attend(
                 x, branch, adapter, lora_index, queries=1 if last else None,
