@@ -12,7 +12,8 @@ P is computed anew from L. Two kernels give the gradient, four ways (`method`):
            of five, but tiles of any size, so images of any length.
   tiles    as both, in one kernel: a program has a tile of queries, then the same tokens' keys, so
            that a head is read from memory once; D is computed again for each tile of keys.
-All write each number once, in a fixed order of additions.
+All write each number once, in a fixed order of additions. Longer images' forward pass is cuDNN's on
+the chips where that is faster.
 
 B images, N tokens, Q queries (the first Q tokens), H heads, d head width.
 """
@@ -260,7 +261,20 @@ def backward_cut(tokens: int, queries: int, width: int, dtype: torch.dtype) -> t
         return "rows", Cut(rows, min(64, _tile(tokens)), bulk=1)
     if rows * width <= 128 * 64:
         return "rows", Cut(rows, 32, warps=8, bulk=1)
+    keys = _tile(tokens)
+    if keys * width <= 256 * 64:
+        return "columns", Cut(keys, 32, warps=8, stages=2, bulk=1)
     return "tiles", Cut(64, 32, stages=2, bulk=1)
+
+
+def library_is_faster(qkv: Tensor) -> bool:
+    """Whether the forward pass is better left to cuDNN.
+
+    On an H100 it takes 73 us for 100 images of 197 tokens and 12 heads, the best cut here 101.
+    """
+    if not qkv.is_cuda or qkv.dtype == torch.float32 or qkv.shape[1] <= 128:
+        return False
+    return torch.cuda.get_device_capability(qkv.device)[0] == 9
 
 
 def _operand(x: Tensor, rows: int, width: int, bulk: bool) -> Tensor | TensorDescriptor:
@@ -348,6 +362,12 @@ def _attention(
     qkv: Tensor, queries: int, scale: float, forward: list[int], method: str, backward: list[int]
 ) -> tuple[Tensor, Tensor]:
     qkv = qkv.contiguous()
+    if not forward and queries == qkv.shape[1] and library_is_faster(qkv):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, scale=scale
+        )
+        return y.transpose(1, 2).flatten(2), lse.view(lse.shape[:3])
     cut = Cut(*forward) if forward else forward_cut(qkv.shape[1], queries, qkv.dtype)
     with torch.cuda.device_of(qkv):
         return _launch_forward(qkv, queries, scale, cut)

@@ -313,7 +313,12 @@ class TestOnGPU:
     @pytest.mark.parametrize("bulk", [0, 1], ids=["loads", "bulk"])
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("tokens", [50, 148, 197])
-    def test_bf16_of_every_cut_is_as_exact_as_the_library(self, tokens, method, bulk):
+    def test_bf16_of_every_cut_is_as_exact_as_the_library(self, tokens, method, bulk, request):
+        if tokens == 50 and method in ("rows", "columns"):
+            # seen with Triton 3.6 on an H100; no launch table has it: images this short take one
+            # chunk
+            wrong = "a tile of 64 with chunks of 32 and 4 warps is compiled to wrong sums"
+            request.applymarker(pytest.mark.xfail(reason=wrong, strict=True))
         tile = kernels._tile(tokens) if method in ("rows", "columns") else 64
         for cut in (
             Cut(tile, 32, 8 if tile > 64 else 4, 1, bulk),
