@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrecycle.capture import Graphs
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import Backend, Impl, autocast, impl_of, resolve_backend
+from fastrecycle.ops import Backend, Impl, autocast, impl_of, kernels_suit, resolve_backend
 from fastrecycle.pruning import PruneSchedule
 from fastrecycle.vit import ViT
 
@@ -81,13 +81,16 @@ class Embedder:
         backend: Backend = "reference",
     ):
         self.device = vit.pos_embed.device
-        resolved = resolve_backend(backend, self.device)
+        rank = 1 if lora is None else max((a.shape[1] for a in lora.a.values()), default=1)
+        resolved = resolve_backend(
+            backend, self.device, precision,
+            suited=kernels_suit(vit.config.width, vit.config.heads, rank),
+        )  # fmt: skip
         if resolved != "reference" and precision == "bf16":
             vit = vit.prepared(torch.bfloat16)
         self.vit, self.prune, self.precision = vit, prune, precision
         self.lora = None if lora is None else lora.to(self.device)
-        # in fp32 our kernels only serve checks
-        self.impl: Impl = impl_of(resolved) if precision == "bf16" else "reference"
+        self.impl: Impl = impl_of(resolved)
         self.graphs = None
         if resolved != "reference" and self.device.type == "cuda":
             self.graphs = Graphs(self._forward)

@@ -11,6 +11,7 @@ run's manifest; an operation itself never falls back to another implementation.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,16 +20,15 @@ from fastrecycle_kernels.reference import LowRank
 from torch import Tensor
 
 __all__ = [
-    "Backend", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
-    "autocast", "bn_prior",
-    "bn_prior_chunks", "carry", "cls_scores", "embed_kept", "host", "impl_of", "lora_linear",
-    "lora_qkv", "moment_distance", "residual_norm", "resolve_backend", "token_gather",
-    "varlen_attention",
+    "Backend", "Impl", "LowRank", "Resolved", "activation", "attention", "augment", "autocast",
+    "bn_prior", "bn_prior_chunks", "carry", "cls_scores", "embed_kept", "host", "impl_of",
+    "kernels_suit", "lora_linear", "lora_qkv", "moment_distance", "residual_norm",
+    "resolve_backend", "token_gather", "varlen_attention",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "compile", "reference"]
 """reference: eager PyTorch. compile: the same step under `torch.compile`, on CUDA in a CUDA graph.
-triton: our kernels in that step. auto: see `resolve_backend`."""
+triton: our kernels, in a CUDA graph without `torch.compile`. auto: see `resolve_backend`."""
 
 Resolved = Literal["triton", "compile", "reference"]
 
@@ -36,15 +36,34 @@ Impl = Literal["reference", "triton"]
 """Which code computes an operation."""
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> Resolved:
-    """Resolve "auto": "compile" on CUDA, where it pays for its build time; else "reference".
+def kernels_suit(width: int, heads: int, rank: int = 1) -> bool:
+    """Whether our kernels take a backbone of this width and LoRAs up to this rank."""
+    return width % 16 == 0 and width // heads <= 128 and rank <= 64
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, precision: str = "bf16", *, suited: bool = True
+) -> Resolved:
+    """The backend that a stage runs on.
+
+    "auto" is "triton" in half precision on a CUDA device that Triton knows (compute capability 8.0
+    on), else "compile" on CUDA, and "reference" on the CPU.
+
+    Args:
+        backend: as asked for.
+        device: where the stage runs.
+        precision: "bf16", "fp8" or "fp32", in which our kernels only serve checks.
+        suited: see `kernels_suit`.
 
     Raises:
         ValueError: no such backend, or "triton" without a CUDA device.
 
     """
     if backend == "auto":
-        return "compile" if device.type == "cuda" else "reference"
+        if device.type != "cuda" or find_spec("triton") is None:
+            return "reference"
+        known = torch.cuda.get_device_capability(device) >= (8, 0)
+        return "triton" if suited and known and precision != "fp32" else "compile"
     if backend not in ("triton", "compile", "reference"):
         raise ValueError(
             f'backend: expected "auto", "triton", "compile" or "reference", got {backend!r}'

@@ -17,7 +17,7 @@ from fastrecycle.inputs import loras_input, network_input, pool_input
 from fastrecycle.inversion import check_inversion, groups, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
-from fastrecycle.ops import Backend, resolve_backend
+from fastrecycle.ops import Backend, kernels_suit, resolve_backend
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.prior import load_prior
 from fastrecycle.vit import ViT
@@ -98,11 +98,15 @@ class MetaLoRARecycler:
         quiet: bool = False,
     ):
         self.device = resolve_device(device)
-        self.backend = resolve_backend(backend, self.device)
         self.precision = resolve_precision(precision, self.device)
         self.inversion = inversion or InversionConfig()
         self.meta = meta or MetaConfig()
         self.bank: Sequence[LoRA] = LoRABank(bank).fit(vit.config) if len(bank) else ()
+        rank = max([self.meta.rank, *(a.shape[1] for x in self.bank for a in x.a.values())])
+        self.backend = resolve_backend(
+            backend, self.device, self.precision,
+            suited=kernels_suit(vit.config.width, vit.config.heads, rank),
+        )  # fmt: skip
         for indices in groups(self.bank, self.inversion.group):
             check_inversion(vit, [self.bank[i] for i in indices], self.inversion)
         network = load_prior(prior)

@@ -343,10 +343,19 @@ def test_rejects_bn_prior_shapes():
 # ------------------------------------------------------------------ backends, tracing
 
 
-def test_backend_is_resolved_by_device():
+def test_backend_is_resolved_by_device_and_precision(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert ops.resolve_backend("auto", cpu) == "reference"
+    monkeypatch.setattr(ops, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert ops.resolve_backend("auto", cuda) == "triton"
+    assert ops.resolve_backend("auto", cuda, "fp32") == "compile"
+    assert ops.resolve_backend("auto", cuda, suited=ops.kernels_suit(20, 4)) == "compile"
+    assert ops.resolve_backend("auto", cuda, suited=ops.kernels_suit(768, 12, 65)) == "compile"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert ops.resolve_backend("auto", cuda) == "compile"
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert ops.resolve_backend("auto", cuda) == "reference"
     assert ops.resolve_backend("compile", cpu) == "compile"
     with pytest.raises(ValueError, match='backend: expected "auto", "triton", "compile" or "ref'):
         ops.resolve_backend("cuda", cpu)
