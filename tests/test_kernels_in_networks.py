@@ -80,9 +80,9 @@ def test_inversion_step_matches_reference(changes):
             toys.vit().to(DEVICE), loras, [0, 1], toys.prior().to(DEVICE), config
         )
         group.impl = impl
-        curves.append(torch.stack([group.step()["loss"] for _ in range(3)]))
+        curves.append(torch.stack([group.step()["loss"] for _ in range(2)]))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
-    assert (curves[0][0] - curves[0][2]).abs().min() > 1e-2
+    assert (curves[0][0] - curves[0][1]).abs().min() > 1e-2
 
 
 @pytest.mark.parametrize("changes", [{}, {"sparsity": 0.75}])
@@ -102,7 +102,7 @@ def test_meta_training_step_matches_reference(changes):
     for impl in ("reference", "triton"):
         trainer = MetaTrainer(toys.vit().to(DEVICE), toys.pool(), config)
         trainer.impl = impl
-        losses.append(torch.stack([trainer.step()["loss"] for _ in range(3)]))
+        losses.append(torch.stack([trainer.step()["loss"] for _ in range(2)]))
         loras.append(trainer.meta_lora())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
     for one, other in zip(loras[0].tensors(), loras[1].tensors(), strict=True):
