@@ -10,7 +10,9 @@ run's manifest; an operation itself never falls back to another implementation.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ __all__ = [
     "kernels_suit", "lora_linear", "lora_qkv", "moment_distance", "residual_norm",
     "resolve_backend", "token_gather", "varlen_attention",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "triton", "compile", "reference"]
 """reference: eager PyTorch. compile: the same step under `torch.compile`, on CUDA in a CUDA graph.
@@ -389,7 +393,34 @@ def varlen_attention(
         y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
         assert isinstance(y, Tensor)  # a tuple only where more than the output is asked for
         return y
+    # its mask is made of lengths on the host, which a traced step cannot read
+    plain = q.is_cuda and q.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if plain and (fmha := xformers_attention()) is not None:
+        lengths = cu_seqlens.diff().tolist()
+        mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
+        y = fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+        return y[0]
     return reference.varlen_attention(q, k, v, cu_seqlens)
+
+
+@cache
+def xformers_attention() -> Any:
+    """The attention of xformers, or None where it is not installed or built for another CUDA.
+
+    It serves packed tokens in float32, for which PyTorch's kernel is not made.
+    """
+    if find_spec("xformers") is None:
+        return None
+    try:
+        from xformers.ops import fmha
+        from xformers.ops.fmha import cutlass
+    except (ImportError, OSError) as error:
+        log.warning("xformers is installed but does not load: %s", error)
+        return None
+    if cutlass.FwOp.is_available() and cutlass.BwOp.is_available():
+        return fmha
+    log.warning("xformers is installed but its operators are not available for this PyTorch")
+    return None
 
 
 def augment(

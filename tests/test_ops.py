@@ -6,6 +6,8 @@ most a thousand terms, so 1e-5 leaves a factor of five.
 """
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -382,3 +384,24 @@ def test_operations_trace_as_one_graph():
     traced = torch.compile(run, fullgraph=True, backend="eager")
     for got, expected in zip(traced(q, k, v, x), run(q, k, v, x)):
         assert torch.equal(got, expected)
+
+
+def test_xformers_is_used_only_where_its_operators_are_available(monkeypatch, caplog):
+    fmha = types.ModuleType("xformers.ops.fmha")
+    fmha.cutlass = types.ModuleType("xformers.ops.fmha.cutlass")
+    there = types.SimpleNamespace(is_available=lambda: True)
+    away = types.SimpleNamespace(is_available=lambda: False)
+    above = types.ModuleType("xformers.ops")
+    above.fmha = fmha
+    for module in (types.ModuleType("xformers"), above, fmha, fmha.cutlass):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(ops, "find_spec", lambda name: object())
+    for forward, backward, usable in ((there, there, True), (there, away, False)):
+        fmha.cutlass.FwOp, fmha.cutlass.BwOp = forward, backward
+        ops.xformers_attention.cache_clear()
+        assert (ops.xformers_attention() is fmha) == usable
+    assert "not available for this PyTorch" in caplog.text
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    ops.xformers_attention.cache_clear()
+    assert ops.xformers_attention() is None
+    ops.xformers_attention.cache_clear()
