@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LowRank = tuple[Tensor, Tensor, Tensor]
 """a (G, R, D_in), b (G, D_out, R), scale (G,): y += scale (x a^T) b^T."""
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight (N, K) in e4m3, by its rows for y = x W^T and by its columns for dy W."""
+
+    w8: Tensor  # (N, K)
+    w_scale: Tensor  # (1, N) float32
+    wt8: Tensor  # (K, N)
+    wt_scale: Tensor  # (1, K) float32
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -92,6 +102,66 @@ def activation(u: Tensor, kind: str) -> Tensor:
         wider = u.to(wide(u))
         return (wider * torch.sigmoid(1.702 * wider)).to(u.dtype)
     return torch.nn.functional.gelu(u)  # in float32 of itself
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K) -> rows (T, K) in e4m3, and (T, 1) float32 by which to multiply them.
+
+    The largest number of a row becomes 448, e4m3's largest. A row of zeros stays one.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) * (1 / 448)
+    return (rows * (1 / scale)).to(torch.float8_e4m3fn), scale
+
+
+def dequantise(x8: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that rows in e4m3 stand for, float32."""
+    return x8.float() * scale
+
+
+def fp8_weight(weight: Tensor) -> Fp8Weight:
+    """Of a weight (N, K)."""
+    w8, w_scale = quantise_rows(weight.detach())
+    wt8, wt_scale = quantise_rows(weight.detach().T)
+    return Fp8Weight(w8, w_scale.mT.contiguous(), wt8, wt_scale.mT.contiguous())
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        y = dequantise(*quantise_rows(x)) @ dequantise(weight.w8, weight.w_scale.mT).T
+        y = y if bias is None else y + bias.float()
+        return y.view(*x.shape[:-1], -1).to(torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        dx = dequantise(*quantise_rows(dy)) @ dequantise(ctx.weight.wt8, ctx.weight.wt_scale.mT).T
+        return dx.view(*dy.shape[:-1], -1).to(torch.bfloat16).to(ctx.dtype), None, None
+
+
+def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """X W^T + bias in bf16, both factors rounded to e4m3; so is dy for dx = dy W."""
+    with no_autocast(x):
+        return _Fp8Linear.apply(x, weight, bias)
+
+
+def residual_mlp(
+    x: Tensor,
+    branch: Tensor,
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    scale: float,
+    first: Fp8Weight,
+    first_bias: Tensor | None,
+    second: Fp8Weight,
+    second_bias: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """S = x + scale branch, and MLP(LayerNorm(s)) by `fp8_linear`."""
+    stream, y = residual_norm(x, branch, *norm, eps, scale, torch.float32)
+    u = fp8_linear(y, first, first_bias)
+    return stream, fp8_linear(activation(u.float(), kind), second, second_bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,8 @@
 
 ds, what flows into s from later on, is added in the backward's one pass. weight and bias are
 frozen. A program takes some rows and all of their columns; it sums in float32 and keeps mean and
-rstd of each row. Nothing but s, which the next addition reads anyhow, is kept besides.
+rstd of each row. Nothing but s, which the next addition reads anyhow, is kept besides. For products
+in float8 (`fastrecycle_kernels.fp8`) y is written in e4m3 with a scale of each row.
 
 D width.
 """
@@ -28,8 +29,9 @@ BACKWARD = (4, 4)
 
 @triton.jit
 def _forward(
-    x, branch, weight, bias, stream, y, mean, rstd, rows, x_row, branch_row, scale, eps,
-    WIDTH: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, branch, weight, bias, stream, y, y_scale, mean, rstd, rows, x_row, branch_row, scale, eps,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, EIGHT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
@@ -48,6 +50,10 @@ def _forward(
     w = tl.load(weight + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     b = tl.load(bias + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     out = apart * inverse[:, None] * w[None, :] + b[None, :]
+    if EIGHT:
+        unit = tl.maximum(tl.max(tl.abs(out), 1), 1e-30) * (1 / 448)
+        tl.store(y_scale + r, unit, mask=r < rows)
+        out *= (1 / unit)[:, None]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + r, m, mask=r < rows)
     tl.store(rstd + r, inverse, mask=r < rows)
@@ -106,8 +112,9 @@ def _launch_forward(
     eps: float,
     scale: float,
     dtype: torch.dtype,
+    y_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream (empty without a branch), y, mean and rstd."""
+    """The stream (empty without a branch), y, mean and rstd; scales of y's rows into `y_scale`."""
     add, width = branch is not None, x.shape[-1]
     stream = torch.empty(x.shape if add else (0,), dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -118,9 +125,11 @@ def _launch_forward(
         more = x if branch is None else _rows_of(branch)
         count, columns, warps = _cut(width, *FORWARD)
         _forward[(triton.cdiv(rows, count),)](
-            x, more, weight.contiguous(), bias.contiguous(), stream, y, mean, rstd,
+            x, more, weight.contiguous(), bias.contiguous(), stream, y,
+            mean if y_scale is None else y_scale, mean, rstd,
             rows, x.stride(0), more.stride(0), scale, eps,
-            WIDTH=width, ADD=add, ROWS=count, COLUMNS=columns, num_warps=warps,
+            WIDTH=width, ADD=add, EIGHT=y_scale is not None, ROWS=count, COLUMNS=columns,
+            num_warps=warps,
         )  # fmt: skip
     return stream, y, mean, rstd
 
@@ -222,22 +231,32 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _add_norm_backward(ctx, ds, dy, *_):
-    wants_x, wants_branch, *frozen = ctx.needs_input_grad
-    _check_frozen(frozen)
-    stream, weight, mean, rstd = ctx.saved_tensors
+def gradients_of_sum(
+    dy: Tensor | None, ds: Tensor | None, stream: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, scale: float, branch_dtype: torch.dtype, wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x and of the branch, where wanted, from those of s and of y."""
+    wants_x, wants_branch = wanted
     if dy is None:
         dx = ds
-        dbranch = None if ds is None or not wants_branch else (ctx.scale * ds).to(ctx.branch_dtype)
+        dbranch = None if ds is None or not wants_branch else (scale * ds).to(branch_dtype)
     else:
         # where both gradients are the same numbers, one tensor is both
-        same = wants_x and ctx.scale == 1 and ctx.branch_dtype == stream.dtype
+        same = wants_x and scale == 1 and branch_dtype == stream.dtype
         dx, dbranch = _residual_norm_backward(
-            dy, ds, stream, weight, mean, rstd, ctx.scale, stream.dtype if wants_x else None,
-            ctx.branch_dtype if wants_branch and not same else None,
+            dy, ds, stream, weight, mean, rstd, scale, stream.dtype if wants_x else None,
+            branch_dtype if wants_branch and not same else None,
         )  # fmt: skip
         dbranch = dx if same else dbranch
-    return dx if wants_x else None, dbranch if wants_branch else None, *[None] * 5
+    return dx if wants_x else None, dbranch if wants_branch else None
+
+
+def _add_norm_backward(ctx, ds, dy, *_):
+    _check_frozen(ctx.needs_input_grad[2:])
+    dx, dbranch = gradients_of_sum(
+        dy, ds, *ctx.saved_tensors, ctx.scale, ctx.branch_dtype, ctx.needs_input_grad[:2]
+    )
+    return dx, dbranch, *[None] * 5
 
 
 _residual_norm.register_autograd(_add_norm_backward, setup_context=_save)
@@ -263,6 +282,20 @@ _row_norm.register_autograd(_norm_backward, setup_context=_save_norm)
 
 
 # ------------------------------------------------------------------ function
+
+
+def check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    """Raise a ValueError for what the kernels cannot do."""
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(
+            f"residual_norm: branch must have shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+        )
+    if x.shape[-1] > WIDEST:
+        raise ValueError(f"residual_norm: at most {WIDEST} columns, got {x.shape[-1]}")
+    for t in (x, branch):
+        if t is not None and t.dtype not in DTYPES:
+            raise ValueError(f"residual_norm: bfloat16, float16 or float32, got {t.dtype}")
+    _check_frozen((torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad),))
 
 
 def residual_norm(
@@ -291,16 +324,7 @@ def residual_norm(
         ValueError: D is above 4096, another dtype, or a gradient of weight or bias is asked for.
 
     """
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(
-            f"residual_norm: branch must have shape {tuple(x.shape)}, got {tuple(branch.shape)}"
-        )
-    if x.shape[-1] > WIDEST:
-        raise ValueError(f"residual_norm: at most {WIDEST} columns, got {x.shape[-1]}")
-    for t in (x, branch):
-        if t is not None and t.dtype not in DTYPES:
-            raise ValueError(f"residual_norm: bfloat16, float16 or float32, got {t.dtype}")
-    _check_frozen((torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad),))
+    check(x, branch, weight, bias)
     if branch is None:
         return x, _row_norm(x, weight, bias, eps, dtype or x.dtype)[0]
     stream, y, _, _ = _residual_norm(x, branch, weight, bias, eps, scale, dtype or branch.dtype)
