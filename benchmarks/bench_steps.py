@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import pytest
@@ -101,9 +101,9 @@ def inversion(way: Way, prune: dict[int, float], prior: bool, tasks: int = 1) ->
     )  # fmt: skip
 
 
-def pool(vit: ViT) -> SyntheticPool:
+def pool(vit: ViT, queries: int = QUERIES) -> SyntheticPool:
     """Noise from four LoRAs: speed does not depend on what images show."""
-    per_class, side, patches = QUERIES + 1, vit.config.image_size, vit.config.patches
+    per_class, side, patches = queries + 1, vit.config.image_size, vit.config.patches
     count = WAYS * per_class
     parts = [
         TaskImages(
@@ -117,20 +117,16 @@ def pool(vit: ViT) -> SyntheticPool:
     return SyntheticPool(parts)
 
 
+META = MetaConfig(steps=100_000, ways=WAYS, queries=QUERIES, start="zero", resolution=(24, 96))
+
+
 def meta(way: Way, sparsity: float) -> MetaTrainer:
     vit = ViT.preset(PRESET).to(device())
-    config = MetaConfig(
-        steps=100_000,
-        ways=WAYS,
-        queries=QUERIES,
-        sparsity=sparsity,
-        start="zero",
-        resolution=(24, 96),
-    )
+    config = replace(META, sparsity=sparsity)
     return MetaTrainer(vit, pool(vit), config, precision=way.precision, backend=way.backend)
 
 
-FIRST = 3  # steps whose losses are compared
+FIRST = 10 if on_gpu() else 4  # steps whose losses are compared
 
 
 def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
@@ -153,17 +149,19 @@ def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
 
 
 def check(curves: dict[str, Tensor]) -> None:
-    """The losses of the first steps, each no further from fp32 than twice eager bf16.
+    """The losses of the first steps together, no further from fp32 than twice eager bf16.
+
+    Of one loss alone eager bf16's error may be small by chance.
 
     Raises:
-        AssertionError: one is.
+        AssertionError: one curve is further.
 
     """
     exact = curves["reference"]
-    allowed = 2 * (curves["reference, bf16"] - exact).abs() + 2e-3 * exact.abs()
+    allowed = 2 * (curves["reference, bf16"] - exact).norm() + 2e-3 * exact.norm()
     for name, curve in curves.items():
-        error = (curve - exact).abs()
-        assert (error <= allowed).all(), (name, error, allowed)
+        error = (curve - exact).norm()
+        assert error <= allowed, (name, error, allowed)
 
 
 # ------------------------------------------------------------------ floors
