@@ -1,4 +1,4 @@
-"""A ResNet's stem after its convolution: BatchNorm, ReLU and 3x3 max pooling with stride 2, at once.
+"""A ResNet's stem behind its convolution: BatchNorm, ReLU and 3x3 max pooling of stride 2 at once.
 
 B images, C channels, G tasks of B / G consecutive images; x (B, C, H, W) in channels-last memory:
 
@@ -11,7 +11,7 @@ for the moments and later writes its gradient. A 3x3 window reaches one pixel be
 unit's pixels lie in at most 4 windows; what neighbours share comes from the cache.
 
 `code`: of each window the place of its maximum, 0 to 8 in row-major order, the first of equals as
-in PyTorch; 9 where the ReLU lets nothing pass. A NaN in x may not show in y; it does in the moments.
+in PyTorch; 9 where the ReLU lets nothing pass. A NaN in x may not show in y, but the moments tell.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """bn_pool: BatchNorm, ReLU and pooling at once, against the three one after the other.
 
-In Triton's interpreter where no GPU is. fp32 tolerance as for bn_prior: sums of some hundred numbers
-near 1 in another order.
+In Triton's interpreter where no GPU is. fp32 tolerance as for bn_prior: sums of some hundred
+numbers near 1 in another order.
 """
 
 import sys
