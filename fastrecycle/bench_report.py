@@ -16,6 +16,7 @@ TITLES = {
     "steps_inversion": "Inversion, batch 25 (Table 4)",
     "steps_meta": "Meta-training, batch 100 (Table 5)",
     "adaptation": "Adapting to one task (Table 1)",
+    "curves": "Cost of a step",
 }
 TABLES = {"table4": "steps_inversion", "table5": "steps_meta"}
 
@@ -123,6 +124,28 @@ def plot_steps(rows: Sequence[Row], title: str, path: Path) -> None:
     write_figure(figure, path)
 
 
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    """Milliseconds and GiB against what varies, a column of plots a curve; written as PNG."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["curve"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(names), 5), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False, sharex="col")
+    for column, name in enumerate(names):
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            mine = [row for row in rows if (row["curve"], row["variant"]) == (name, variant)]
+            for line, unit in enumerate(("ms", "GiB")):
+                axes[line][column].plot(
+                    [row["x"] for row in mine], [row[unit] for row in mine], "o-", label=variant
+                )
+        axes[0][column].set_title(name, fontsize=8)
+        for line, unit in enumerate(("ms", "GiB")):
+            axes[line][column].set_ylabel(unit)
+            axes[line][column].set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=7)
+    write_figure(figure, path)
+
+
 def _records(results: Path) -> dict[str, list[Record]]:
     files = sorted(results.glob("*.json"))
     if not files:
@@ -153,10 +176,13 @@ def write_benchmarks(results: Path, out: Path) -> list[Path]:
             steps = name in TABLES.values()
             table = step_table(run["rows"]) if steps else plain_table(run["rows"])
             parts += [about(run), table]
-            if steps:
+            if steps or name == "curves":
                 picture = out / (f"{name}.png" if i == 0 else f"{name}_{i}.png")
                 out.mkdir(parents=True, exist_ok=True)
-                plot_steps(run["rows"], title, picture)
+                if steps:
+                    plot_steps(run["rows"], title, picture)
+                else:
+                    plot_curves(run["rows"], picture)
                 written.append(picture)
                 parts.append(f"![{title}]({picture.name})")
     out.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ def results(tmp_path):
         step_row("0.75", "ours", 4.0, **{"x reference": 12.5, "x compile": 1.75}),
     ]
     write(folder, "steps_meta", ({}, old), ({}, new))
+    curve = [{"curve": "rank", "x": x, "variant": "ours", "ms": 2.0 + x, "GiB": 1} for x in (1, 4)]
+    write(folder, "curves", ({}, curve))
     write(folder, "host", ({}, [{"call": "draw", "ours_ms": 1.25}]))
     return folder
 
@@ -45,7 +47,8 @@ def test_benchmarks_lists_every_record_and_plots_steps(results, tmp_path, capsys
     assert "10.00x" in text
     assert "1.75x" in text
     assert "999" not in text  # an earlier run on the same device
-    assert (out / "steps_meta.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("steps_meta", "curves"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert str(out / "benchmarks.md") in capsys.readouterr().out
 
 
