@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fastrecycle.capture import Graphs
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import Backend, Impl, autocast, impl_of, kernels_suit, resolve_backend
+from fastrecycle.ops import (
+    Backend,
+    Impl,
+    autocast,
+    check_precision,
+    impl_of,
+    kernels_suit,
+    resolve_backend,
+    weight_dtype,
+)
 from fastrecycle.pruning import PruneSchedule
 from fastrecycle.vit import ViT
 
@@ -66,7 +75,7 @@ class Embedder:
         vit: the backbone.
         lora: see `ViT.encode`; None for none.
         prune: see `ViT.encode`.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: see `fastrecycle.ops`; "compile" records the plain operations.
 
     """
@@ -86,8 +95,9 @@ class Embedder:
             backend, self.device, precision,
             suited=kernels_suit(vit.config.width, vit.config.heads, rank),
         )  # fmt: skip
-        if resolved != "reference" and precision == "bf16":
-            vit = vit.prepared(torch.bfloat16)
+        check_precision(precision, resolved, self.device)
+        if resolved != "reference" and precision != "fp32":
+            vit = vit.prepared(weight_dtype(precision))
         self.vit, self.prune, self.precision = vit, prune, precision
         self.lora = None if lora is None else lora.to(self.device)
         self.impl: Impl = impl_of(resolved)
@@ -127,7 +137,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         lora: a meta-LoRA, or None for plain nearest class centre.
         distance: see `prototype_logits`.
         batch_size: images a forward pass.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
 
     >>> clf = FewShotClassifier(vit, meta_lora).fit(support_images, ["cat", "cat", "dog", "dog"])

@@ -291,12 +291,14 @@ def _pretune(options: o.Pretune) -> int:
     from fastrecycle.data import load_dataset
     from fastrecycle.eval import decode
     from fastrecycle.inputs import dataset_input
+    from fastrecycle.ops import check_precision
     from fastrecycle.pretune import pretune
     from fastrecycle.recycler import resolve_device, resolve_precision
 
     config, out = options.pretune, options.out
     device = resolve_device(options.common.device)
     precision = resolve_precision(options.common.precision, device)
+    check_precision(precision, "reference", device)
     vit, backbone = _backbone(options)
     root = options.common.data_root
     dataset = load_dataset(options.dataset, options.split, root, download=options.download)

@@ -191,7 +191,7 @@ def evaluate(
         prune: prune test images too (another protocol than the paper's; say so).
         data_root: where registered data sets are; None: the environment's FASTRECYCLE_DATA.
         batch_size: images a forward pass.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
         progress: called with (images embedded, images in all).
 

@@ -21,7 +21,7 @@ from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.config import InversionConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA, LoRAStack
-from fastrecycle.ops import Impl, Resolved, autocast, impl_of
+from fastrecycle.ops import Impl, Resolved, autocast, check_precision, impl_of, weight_dtype
 from fastrecycle.pool import TaskImages, task_file
 from fastrecycle.prior import ResNetPrior
 from fastrecycle.pruning import patches_after_blocks, top_patches
@@ -66,7 +66,7 @@ def data_loss(
         labels: (m,) int64, the same for each task.
         config: weights of the terms, pruning schedule.
         pruned: whether the schedule is in force yet.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         shrink: (G, S, S), maps of `shrink_table` through which the backbone sees each task.
         impl: code of the operations.
         side: where the prior runs beside the backbone, forward and backward; None: after it.
@@ -202,9 +202,10 @@ class InversionGroup:
         dtype: torch.dtype = torch.float32,
     ):
         check_inversion(vit, loras, config)
+        check_precision(precision, backend, vit.pos_embed.device)
         self.backbone = vit
-        if backend != "reference" and precision == "bf16":
-            self.backbone = vit.prepared(torch.bfloat16)
+        if backend != "reference" and precision != "fp32":
+            self.backbone = vit.prepared(weight_dtype(precision))
             if isinstance(prior, ResNetPrior):
                 prior = prior.prepared(torch.bfloat16)
         self.vit, self.prior, self.config, self.precision = vit, prior, config, precision
@@ -432,7 +433,7 @@ def invert(
         prior: the naturalness prior, on the same device; None for none.
         config: see `InversionConfig`.
         seed: of noise and jitter.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
         folder: where finished tasks and the state of the group under way are kept; a second call
             goes on from there, to the same result.

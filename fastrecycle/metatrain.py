@@ -23,7 +23,16 @@ from fastrecycle.config import MetaConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
-from fastrecycle.ops import Impl, Resolved, augment, autocast, host, impl_of
+from fastrecycle.ops import (
+    Impl,
+    Resolved,
+    augment,
+    autocast,
+    check_precision,
+    host,
+    impl_of,
+    weight_dtype,
+)
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -218,7 +227,7 @@ class MetaTrainer:
         pool: synthetic images; moved to that device as 8-bit pixels.
         config: see `MetaConfig`.
         seed: of the meta-LoRA's start and of everything drawn.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
 
     """
@@ -245,6 +254,11 @@ class MetaTrainer:
                 f"pool: images of {pool.patches} patches, the backbone makes {vit.config.patches};"
                 " they were inverted from another backbone"
             )
+        check_precision(precision, backend, device)
+        if precision == "fp8" and config.learn == "backbone":
+            raise ValueError(
+                'precision: "fp8" needs a frozen backbone, got learn="backbone"; use "bf16"'
+            )
         self.config, self.seed, self.precision = config, seed, precision
         self.sampler = EpisodeSampler(pool, config, seed)
         self.images = pool.images.to(device)
@@ -259,7 +273,7 @@ class MetaTrainer:
         # the kernels have no gradient for the backbone's own weights
         self.impl: Impl = "reference" if config.learn == "backbone" else impl_of(backend)
         # and where images are bf16 those of the augmentation take float16
-        halves = self.impl == "triton" and precision == "bf16"
+        halves = self.impl == "triton" and precision != "fp32"
         self.map_dtype = torch.float16 if halves else torch.float32
         self.shrink, self.masked_shrink = (
             shrink_table(side, *sides).to(device, self.map_dtype) if sides[1] else None
@@ -298,8 +312,8 @@ class MetaTrainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.iteration = 0
         self.clock = torch.zeros((), device=device)
-        if backend != "reference" and precision == "bf16" and config.learn != "backbone":
-            self.backbone = vit.prepared(torch.bfloat16)
+        if backend != "reference" and precision != "fp32" and config.learn != "backbone":
+            self.backbone = vit.prepared(weight_dtype(precision))
         else:
             self.backbone = self.vit
         self._loss = self._forward

@@ -48,7 +48,8 @@ class Common:
 
     # Where to compute: auto (CUDA where there is one), cpu, cuda, cuda:1.
     device: str = "auto"
-    # Arithmetic; auto is bf16 on CUDA and fp32 elsewhere.
+    # Arithmetic; auto is bf16 on CUDA and fp32 elsewhere. fp8 is bf16 with the backbone's larger
+    # products in float8, on GPUs of compute capability 8.9 or above.
     precision: Precision = "auto"
     # Folder of the registered data sets; unset means the environment's FASTRECYCLE_DATA.
     data_root: Path | None = None

@@ -16,7 +16,7 @@ from fastrecycle.config import PretuneConfig
 from fastrecycle.eval import Pixels
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import Head, LoRA, LoRABank, LoRAStack
-from fastrecycle.ops import autocast
+from fastrecycle.ops import autocast, check_precision
 from fastrecycle.vit import ViT
 
 
@@ -54,6 +54,7 @@ def pretune(
         ValueError: fewer classes than ways.
     """
     config = config or PretuneConfig()
+    check_precision(precision, "reference", vit.pos_embed.device)
     classes = np.unique(data.labels)
     if len(classes) < config.ways:
         raise ValueError(f"ways: {data.name} has {len(classes)} classes, fewer than {config.ways}")

@@ -17,7 +17,7 @@ from fastrecycle.inputs import loras_input, network_input, pool_input
 from fastrecycle.inversion import check_inversion, groups, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
-from fastrecycle.ops import Backend, kernels_suit, resolve_backend
+from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.prior import load_prior
 from fastrecycle.vit import ViT
@@ -47,8 +47,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     """
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f'precision: expected "auto", "fp32" or "bf16", got {precision!r}')
+    if precision not in ("fp32", "bf16", "fp8"):
+        raise ValueError(f'precision: expected "auto", "fp32", "bf16" or "fp8", got {precision!r}')
     return precision
 
 
@@ -67,7 +67,8 @@ class MetaLoRARecycler:
         meta: settings of meta-training.
         device: None: CUDA where there is one, else the CPU.
         backend: "reference" (eager), "compile" (`torch.compile`), or "auto".
-        precision: "fp32", "bf16", or "auto".
+        precision: "fp32", "bf16", "auto", or "fp8": bf16 with the backbone's larger products in
+            float8, on a GPU of compute capability 8.9 or above and the backend "triton".
         seed: of everything drawn.
         validation: a data set for choosing the step that is returned, never test data; None returns
             the last.
@@ -107,6 +108,7 @@ class MetaLoRARecycler:
             backend, self.device, self.precision,
             suited=kernels_suit(vit.config.width, vit.config.heads, rank),
         )  # fmt: skip
+        check_precision(self.precision, self.backend, self.device)
         for indices in groups(self.bank, self.inversion.group):
             check_inversion(vit, [self.bank[i] for i in indices], self.inversion)
         network = load_prior(prior)

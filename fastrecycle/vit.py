@@ -141,6 +141,33 @@ class RaggedKeep:
         return RaggedKeep(ascending[chosen], images[chosen], cu_seqlens, width)
 
 
+# Products of a block that are in float8 where a backbone is prepared so. proj is not: at its size
+# scaling the rows of x takes as long as float8 saves.
+FP8_PRODUCTS = ("qkv", "fc1", "fc2")
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen bf16 layer with its weight in float8 beside it; see `ops.lora_linear`."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
+        linear = copy.deepcopy(linear).requires_grad_(False)
+        for name, tensor in ops.fp8_weight(linear.weight)._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        linear.to(torch.bfloat16)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def weight8(self) -> ops.Fp8Weight:
+        """The weight in float8."""
+        return ops.Fp8Weight(*(self.get_buffer(name) for name in ops.Fp8Weight._fields))
+
+
+def _fp8(linear: nn.Linear) -> ops.Fp8Weight | None:
+    return linear.weight8() if isinstance(linear, Fp8Linear) else None
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; tokens are dropped between its two halves.
 
@@ -188,8 +215,9 @@ class Block(nn.Module):
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
         x, y = self._add_norm(self.norm1, x, branch, impl)
         qkv = ops.lora_qkv(
-            y, self.qkv.weight, self.qkv.bias, small, lora_index=lora_index, impl=impl
-        )
+            y, self.qkv.weight, self.qkv.bias, small, lora_index=lora_index,
+            fp8=_fp8(self.qkv), impl=impl,
+        )  # fmt: skip
         qkv = qkv.unflatten(-1, (self.heads, -1))
         scores = None
         if packing is not None:
@@ -199,8 +227,9 @@ class Block(nn.Module):
         else:
             y, scores = ops.attention(qkv, queries=queries, with_scores=with_scores, impl=impl)
         y = ops.lora_linear(
-            y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index
-        )
+            y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index,
+            fp8=_fp8(self.proj), impl=impl,
+        )  # fmt: skip
         return x, y, scores
 
     def transform(
@@ -212,13 +241,20 @@ class Block(nn.Module):
         impl: ops.Impl = "reference",
     ) -> tuple[Tensor, Tensor]:
         """The stream, and MLP(norm2(stream)), which the caller is to add."""
-        x, y = self._add_norm(self.norm2, x, branch, impl)
+        first, second, norm = _fp8(self.fc1), _fp8(self.fc2), self.norm2
+        if first and second and not lora.keys() & {"fc1", "fc2"}:
+            return ops.residual_mlp(
+                x, branch, (norm.weight, norm.bias), norm.eps, self.residual_scale, first,
+                self.fc1.bias, second, self.fc2.bias, self.activation, impl=impl,
+            )  # fmt: skip
+        x, y = self._add_norm(norm, x, branch, impl)
         y = ops.lora_linear(
-            y, self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index
-        )
+            y, self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index, fp8=first,
+            impl=impl,
+        )  # fmt: skip
         y = ops.lora_linear(
             ops.activation(y, self.activation, impl=impl), self.fc2.weight, self.fc2.bias,
-            lora.get("fc2"), lora_index=lora_index,
+            lora.get("fc2"), lora_index=lora_index, fp8=second, impl=impl,
         )  # fmt: skip
         return x, y
 
@@ -374,10 +410,24 @@ class ViT(nn.Module):
         """The same backbone, frozen, with the weights of its products and its residual stream in
         this dtype, once for all: under autocast weights would be cast again at every step. Norms
         and positions stay as they are.
+
+        torch.float8_e4m3fn is bfloat16 with the products of `FP8_PRODUCTS` in float8, unless a LoRA
+        is on them.
+
+        Raises:
+            ValueError: float8, and a width or mlp_dim that is no multiple of 16.
+
         """
         other = copy.deepcopy(self).requires_grad_(False)
+        if dtype == torch.float8_e4m3fn:
+            dtype = torch.bfloat16
+            for block in other.blocks:
+                for name in FP8_PRODUCTS:
+                    setattr(block, name, Fp8Linear(getattr(block, name)))
         other.stream_dtype = dtype
         for module in other.modules():
+            if isinstance(module, Fp8Linear):
+                continue
             if isinstance(module, nn.Linear) or module is other.patch_embed:
                 module.to(dtype)
         return other

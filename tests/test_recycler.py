@@ -511,7 +511,7 @@ def test_rejects_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match='backend: "triton" needs a CUDA device, got cpu'):
         MetaLoRARecycler(toys.vit(), toys.bank(), None, device="cpu", backend="triton")
     with pytest.raises(ValueError, match="precision: expected"):
-        MetaLoRARecycler(toys.vit(), toys.bank(), None, precision="fp8")
+        MetaLoRARecycler(toys.vit(), toys.bank(), None, precision="fp16")
     few = replace(INVERSION, images_per_class=4, iterations=1)
     with pytest.raises(ValueError, match=r"needs 5 images a class, LoRA 0 class 0 has 4"):
         make(inversion=few).run(tmp_path / "few")
