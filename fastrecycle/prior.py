@@ -148,13 +148,8 @@ class ResNetPrior(nn.Module):
             (segments,) float32.
 
         """
-        x = (pixels - _channels(self.spec.mean, pixels)) / _channels(self.spec.std, pixels)
-        if x.is_cuda:
-            x = x.contiguous(memory_format=torch.channels_last)
         run = _Pass(self, segments, impl)
-        x = run.bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
-        if self.spec.maxpool:
-            x, run.twin = nn.functional.max_pool2d(x, 3, 2, 1), None
+        x = run.stem(pixels)
         for name in self.block_names:
             layer, index = (int(n) for n in re.findall(r"\d+", name))
             stride = 2 if index == 0 and layer > 1 else 1
@@ -184,13 +179,35 @@ class _Pass:
     """The BatchNorms of one forward pass and what R_BN takes from them.
 
     The reference adds R_BN's terms layer by layer. With our kernels moments wait in chunks until
-    all layers are merged at once, and a residual's gradient goes by its twin.
+    all layers are merged at once, and the gradient of a second use goes by a twin.
     """
 
     def __init__(self, prior: ResNetPrior, segments: int, impl: ops.Impl):
         self.prior, self.segments, self.impl = prior, segments, impl
         self.found: list[Any] = []  # of each layer: its term, or its chunks
         self.twin: Tensor | None = None
+
+    def stem(self, pixels: Tensor) -> Tensor:
+        """From the pixels to the first block."""
+        prior, spec = self.prior, self.prior.spec
+        weight = prior._get("conv1.weight")
+        padding = weight.shape[-1] // 2
+        if self.impl == "triton" and ops.stem_conv_fits(weight, spec.stem_stride, padding):
+            x = ops.stem_conv(pixels, weight, spec.stem_stride, padding, spec.mean, spec.std)
+        else:
+            x = (pixels - _channels(spec.mean, pixels)) / _channels(spec.std, pixels)
+            if x.is_cuda:
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = prior._conv("conv1", x, spec.stem_stride)
+        if not spec.maxpool:
+            return self.bn("bn1", x)
+        if self.impl == "triton":
+            x, self.twin, chunks = ops.bn_pool_chunks(
+                x, *prior._stored("bn1"), eps=spec.eps, segments=self.segments
+            )
+            self.found.append(chunks)
+            return x
+        return nn.functional.max_pool2d(self.bn("bn1", x), 3, 2, 1)
 
     def bn(
         self,
@@ -212,7 +229,7 @@ class _Pass:
                 x, *stored, residual=residual, twin=twin, output=output, **shared
             )
             self.found.append(chunks)
-            # only a block's last y is read twice: by the next block's convolution and shortcut
+            # of these only a block's last y is read twice: by the next convolution and shortcut
             self.twin = own if residual is not None else None
             return y
         y, mu, sigma2 = ops.bn_prior(x, *stored, residual=residual, **shared)

@@ -288,7 +288,8 @@ def _run_backward(
         (side - 1 + padding) // stride - low + 1 for side in (plan.side_h, plan.side_w)
     )
     block_n = max(16, triton.next_power_of_2(c * plan.side_h * plan.side_w))
-    block_k = min(64, max(16, triton.next_power_of_2(filters)))
+    most = 32 if weight.dtype == torch.float32 else 64
+    block_k = min(most, max(16, triton.next_power_of_2(filters)))
     depth = _up(filters, block_k)
     arranged = weight.new_empty((reach_h * reach_w * depth, block_n))
     blocks_h, blocks_w = triton.cdiv(h, plan.side_h), triton.cdiv(w, plan.side_w)
