@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 import torch
 from fastrecycle_kernels import host, reference
-from fastrecycle_kernels.reference import LowRank
+from fastrecycle_kernels.reference import Fp8Weight, LowRank
 from torch import Tensor
 
 __all__ = [
-    "Backend", "Impl", "LowRank", "Resolved", "activation", "attention", "augment", "autocast",
-    "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "cls_scores", "embed_kept", "host",
-    "impl_of", "kernels_suit", "lora_linear", "lora_qkv", "moment_distance", "residual_norm",
-    "resolve_backend", "stem_conv", "stem_conv_fits", "token_gather", "varlen_attention",
+    "Backend", "Fp8Weight", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
+    "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "check_precision",
+    "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "kernels_suit", "lora_linear",
+    "lora_qkv", "moment_distance", "residual_mlp", "residual_norm", "resolve_backend", "stem_conv",
+    "stem_conv_fits", "token_gather", "varlen_attention", "weight_dtype",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,43 @@ def impl_of(backend: Resolved) -> Impl:
     return "triton" if backend == "triton" else "reference"
 
 
+def check_precision(precision: str, backend: Resolved, device: torch.device) -> None:
+    """Raise where a stage on this backend and device cannot compute so.
+
+    Raises:
+        ValueError: no such precision; "fp8" without our kernels, or on a device without float8
+            products.
+
+    """
+    if precision not in ("fp32", "bf16", "fp8"):
+        raise ValueError(f'precision: expected "fp32", "bf16" or "fp8", got {precision!r}')
+    if precision != "fp8":
+        return
+    if backend != "triton":
+        raise ValueError(
+            f'precision: "fp8" needs backend "triton", got "{backend}" on {device.type}; use "bf16"'
+            ' or "fp32"'
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise ValueError(
+            'precision: "fp8" needs a GPU of compute capability 8.9 (Ada, Hopper) or above, got'
+            f' {capability[0]}.{capability[1]}; use "bf16"'
+        )
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """What a frozen backbone's weights are prepared in."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return dtypes[precision]
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 products with fp32 parameters, norms, softmax and losses; nothing for "fp32"."""
-    if precision == "bf16":
+    """bf16 products with fp32 parameters, norms, softmax and losses; nothing for "fp32".
+
+    For "fp8" bf16 is everything but the products of `Fp8Weight`.
+    """
+    if precision in ("bf16", "fp8"):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
@@ -123,6 +158,8 @@ def lora_linear(
     lora: LowRank | None = None,
     *,
     lora_index: Tensor | None = None,
+    fp8: Fp8Weight | None = None,
+    impl: Impl = "reference",
 ) -> Tensor:
     """Y = x W^T + bias + scale (x a^T) b^T.
 
@@ -132,6 +169,8 @@ def lora_linear(
         lora: a (G, R, D_in), b (G, D_out, R), scale (G,); None for the plain product.
         lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
             consecutive images.
+        fp8: the weight, frozen, in float8, which a product without a LoRA takes: bf16 out.
+        impl: which code computes a product in float8; all others are the library's.
 
     Returns:
         (B, N, D_out).
@@ -142,7 +181,76 @@ def lora_linear(
     """
     if lora is not None:
         _check_low_rank("lora_linear", x, lora, weight.shape[0], lora_index)
+    elif fp8 is not None:
+        return _fp8_linear(x, fp8, bias, impl)
     return reference.lora_linear(x, weight, bias, lora, lora_index)
+
+
+def fp8_weight(weight: Tensor) -> Fp8Weight:
+    """A frozen weight (D_out, D_in) in float8 (e4m3), each row, and each column, by its own scale.
+
+    Raises:
+        ValueError: a side that is no multiple of 16.
+
+    """
+    if any(side % 16 for side in weight.shape):
+        raise ValueError(
+            f'fp8_weight: sides must be multiples of 16, got {tuple(weight.shape)}; use "bf16"'
+        )
+    return reference.fp8_weight(weight)
+
+
+def _fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None, impl: Impl) -> Tensor:
+    """X W^T + bias, x rounded to e4m3 by rows, and so its gradient."""
+    if impl == "triton":
+        from fastrecycle_kernels.fp8 import fp8_linear as kernel
+
+        return kernel(x, weight, bias)
+    return reference.fp8_linear(x, weight, bias)
+
+
+def residual_mlp(
+    x: Tensor,
+    branch: Tensor,
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    scale: float,
+    first: Fp8Weight,
+    first_bias: Tensor | None,
+    second: Fp8Weight,
+    second_bias: Tensor | None,
+    kind: Literal["gelu", "quick_gelu"],
+    *,
+    impl: Impl = "reference",
+) -> tuple[Tensor, Tensor]:
+    """`residual_norm` and an MLP in float8: s = x + scale branch, y = W2 act(W1 LayerNorm(s)).
+
+    Args:
+        x: (..., D), the stream; branch (..., D).
+        norm: weight and bias (D,), frozen.
+        eps: of the norm.
+        scale: of the branch.
+        first, second: (M, D) and (D, M); biases (M,) and (D,) bfloat16, or None.
+        kind: of the activation, see `activation`.
+        impl: which code.
+
+    Returns:
+        s in x's dtype; y in bfloat16.
+
+    Raises:
+        ValueError: shapes disagree.
+
+    """
+    if branch.shape != x.shape:
+        raise ValueError(
+            f"residual_mlp: branch must have shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+        )
+    arguments = (x, branch, norm, eps, scale, first, first_bias, second, second_bias, kind)
+    if impl == "triton":
+        from fastrecycle_kernels.fp8 import residual_mlp as kernel
+
+        return kernel(*arguments)
+    return reference.residual_mlp(*arguments)
 
 
 def lora_qkv(
@@ -152,6 +260,7 @@ def lora_qkv(
     lora: dict[str, LowRank] | None = None,
     *,
     lora_index: Tensor | None = None,
+    fp8: Fp8Weight | None = None,
     impl: Impl = "reference",
 ) -> Tensor:
     """Queries, keys and values with a LoRA on any of them: y = x W^T + bias + scale (x a^T) b^T.
@@ -163,6 +272,7 @@ def lora_qkv(
             zero-padded.
         lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
             consecutive images.
+        fp8: see `lora_linear`.
         impl: "triton" wants frozen weight, bias and scale, D a multiple of 16, R at most 64.
 
     Returns:
@@ -182,6 +292,8 @@ def lora_qkv(
         if target not in ("q", "k", "v"):
             raise ValueError(f'lora_qkv: targets are "q", "k" and "v", got {target!r}')
         _check_low_rank(f"lora_qkv[{target}]", x, factors, x.shape[-1], lora_index)
+    if fp8 is not None and not lora:
+        return _fp8_linear(x, fp8, bias, impl).unflatten(-1, (3, -1))
     if impl == "triton":
         from fastrecycle_kernels.lora_qkv import lora_qkv as kernel
 
