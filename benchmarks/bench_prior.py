@@ -26,6 +26,8 @@ from fastrecycle.prior import ResNetPrior, moment_distance
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("fastrecycle_kernels.bn_prior")
+bn_pool = importlib.import_module("fastrecycle_kernels.bn_pool")
+stem_conv = importlib.import_module("fastrecycle_kernels.stem_conv")
 distances = importlib.import_module("fastrecycle_kernels.moment_distance")
 reference = importlib.import_module("fastrecycle_kernels.reference")
 
@@ -82,6 +84,8 @@ class Network(ResNetPrior):
         have twins.
     dtype: of convolution weights that lie ready, channels-last; None for float32 and an autocast.
     matmul: 1x1 convolutions as matrix products of the channels-last rows.
+    stem: what of it our kernels compute, with "chunks": "pool" its BatchNorm, ReLU and pooling,
+        "conv" its convolution from the pixels on, "conv by cuDNN" but the forward.
     """
 
     def __init__(
@@ -90,9 +94,10 @@ class Network(ResNetPrior):
         bn: str = "reference",
         dtype: torch.dtype | None = None,
         matmul: bool = False,
+        stem: tuple[str, ...] = (),
     ):
         super().__init__(state)
-        self.bn, self.dtype, self.matmul = bn, dtype, matmul
+        self.bn, self.dtype, self.matmul, self.stem = bn, dtype, matmul, stem
         for name, weight in list(self.named_buffers()):
             if weight.ndim == 4 and dtype is not None:
                 weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -142,10 +147,22 @@ class Network(ResNetPrior):
             terms.append(term if terms else first_bn * term)
             return y, None
 
-        x = (pixels - self.pixel_mean) / self.pixel_std
-        x = x.to(self.dtype or x.dtype, memory_format=torch.channels_last)
-        x, _ = bn("bn1", self._conv("conv1", x, self.spec.stem_stride))
-        x, twin = nn.functional.max_pool2d(x, 3, 2, 1), None
+        if "conv" in self.stem or "conv by cuDNN" in self.stem:
+            x = stem_conv.stem_conv(
+                pixels, self._get("conv1.weight"), self.spec.stem_stride, 3, self.spec.mean,
+                self.spec.std, cudnn="conv by cuDNN" in self.stem,
+            )  # fmt: skip
+        else:
+            x = (pixels - self.pixel_mean) / self.pixel_std
+            x = x.to(self.dtype or x.dtype, memory_format=torch.channels_last)
+            x = self._conv("conv1", x, self.spec.stem_stride)
+        if "pool" in self.stem:
+            x, twin, chunks = bn_pool.bn_pool_chunks(
+                x, *self._stored("bn1"), self.spec.eps, segments
+            )
+            moments.append(chunks)
+        else:
+            x, twin = nn.functional.max_pool2d(bn("bn1", x)[0], 3, 2, 1), None
         for name in self.block_names:
             layer, index = (int(n) for n in re.findall(r"\d+", name))
             stride = 2 if index == 0 and layer > 1 else 1
@@ -205,6 +222,10 @@ def steps(batch: int, segments: int, compiled: bool) -> dict[str, Step]:
         "kernel": of("kernel", half),
         "chunks": of("chunks", half),
         "chunks, 1x1 as products": of("chunks", half, True),
+        "chunks, stem: pool": of("chunks", half, False, ("pool",)),
+        "chunks, stem: conv": of("chunks", half, False, ("conv",)),
+        "chunks, stem: conv by cuDNN, pool": of("chunks", half, False, ("conv by cuDNN", "pool")),
+        "chunks, stem fused": of("chunks", half, False, ("conv", "pool")),
     }
     if compiled:
         found |= {
