@@ -60,7 +60,7 @@ def _normalise(
 
 @triton.jit
 def _arrange_forward(
-    weight, arranged, filters, columns,
+    weight, arranged, filter_step, channel_step, row_step, tap_step, filters, columns,
     CHANNELS: tl.constexpr, KERNEL: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weight (K, C, R, R) -> (R, taps, 4; K), all but the last in rows, 0 where there is none."""
@@ -70,7 +70,8 @@ def _arrange_forward(
     t = row % SPAN // 4
     c = row % 4
     inside = (n < filters) & (t < KERNEL) & (c < CHANNELS)
-    value = tl.load(weight + ((n * CHANNELS + c) * KERNEL + r) * KERNEL + t, mask=inside, other=0.0)
+    at = n * filter_step + c * channel_step + r * row_step + t * tap_step
+    value = tl.load(weight + at, mask=inside, other=0.0)
     tl.store(arranged + row * columns + n, value)
 
 
@@ -103,7 +104,7 @@ def _convolve(
 
 @triton.jit
 def _arrange_backward(
-    weight, arranged, filters, depth, padding, low,
+    weight, arranged, filter_step, channel_step, row_step, tap_step, filters, depth, padding, low,
     CHANNELS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, REACH_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +117,7 @@ def _arrange_backward(
     t = n % BLOCK_W + padding - STRIDE * (low + position % REACH_W)
     inside = (c < CHANNELS) & (r >= 0) & (r < KERNEL) & (t >= 0) & (t < KERNEL)
     inside = inside[None, :] & (k < filters)[:, None]
-    of = k[:, None] * (CHANNELS * KERNEL * KERNEL) + ((c * KERNEL + r) * KERNEL + t)[None, :]
+    of = k[:, None] * filter_step + (c * channel_step + r * row_step + t * tap_step)[None, :]
     value = tl.load(weight + of, mask=inside, other=0.0)
     tl.store(arranged + (position * depth + k)[:, None] * BLOCK_N + n[None, :], value)
 
@@ -247,7 +248,7 @@ def _run_forward(
     rows = b * high * long
     with torch.cuda.device_of(pixels):
         _arrange_forward[(len(arranged), columns // block_n)](
-            weight.contiguous(), arranged, filters, columns,
+            weight, arranged, *weight.stride(), filters, columns,
             CHANNELS=c, KERNEL=kernel, SPAN=4 * taps, BLOCK=block_n, num_warps=1,
         )  # fmt: skip
         _convolve[(triton.cdiv(rows, plan.block_m), columns // block_n)](
@@ -297,7 +298,7 @@ def _run_backward(
     sides = {"BLOCK_H": plan.side_h, "BLOCK_W": plan.side_w, "BLOCK_N": block_n}
     with torch.cuda.device_of(dy):
         _arrange_backward[(reach_h * reach_w, depth // block_k)](
-            weight.contiguous(), arranged, filters, depth, padding, low,
+            weight, arranged, *weight.stride(), filters, depth, padding, low,
             CHANNELS=c, KERNEL=kernel, STRIDE=stride, REACH_W=reach_w, BLOCK_K=block_k, **sides,
             num_warps=4,
         )  # fmt: skip
