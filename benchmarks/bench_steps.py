@@ -63,6 +63,7 @@ WAYS_OF = {
     "reference, bf16": Way("reference", "bf16"),
     "compile": Way("compile", "bf16"),
     "ours": Way("triton", "bf16"),
+    "ours, fp8": Way("triton", "fp8"),
 }
 
 
@@ -151,7 +152,8 @@ def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
 def check(curves: dict[str, Tensor]) -> None:
     """The losses of the first steps together, no further from fp32 than twice eager bf16.
 
-    Of one loss alone eager bf16's error may be small by chance.
+    Float8 has 4 bits for bf16's 8: 16 times as far. Of one loss alone eager bf16's error may be
+    small by chance.
 
     Raises:
         AssertionError: one curve is further.
@@ -160,7 +162,7 @@ def check(curves: dict[str, Tensor]) -> None:
     exact = curves["reference"]
     allowed = 2 * (curves["reference, bf16"] - exact).norm() + 2e-3 * exact.norm()
     for name, curve in curves.items():
-        error = (curve - exact).norm()
+        error = (curve - exact).norm() / (16 if name.endswith("fp8") else 1)
         assert error <= allowed, (name, error, allowed)
 
 
@@ -319,7 +321,8 @@ def test_steps(benchmark, loop):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("loop", choices=["inversion", "meta"])
-    parser.add_argument("--ways", nargs="*", default=list(WAYS_OF))
+    usual = [name for name in WAYS_OF if not name.endswith("fp8")]
+    parser.add_argument("--ways", nargs="*", default=usual)
     parser.add_argument("--settings", nargs="*", default=[], help="rows, by number; all by default")
     parser.add_argument("--repeats", type=int, default=20 if on_gpu() else 1)
     parser.add_argument("--no-prior", action="store_true", help="also rows without R_BN")
@@ -328,7 +331,7 @@ def main() -> None:
     chosen = settings(options.loop, options.no_prior)
     if options.settings:
         chosen = [chosen[int(i)] for i in options.settings]
-    ways = {name: WAYS_OF[name] for name in options.ways if on_gpu() or name != "ours"}
+    ways = {name: WAYS_OF[name] for name in options.ways if on_gpu() or "ours" not in name}
     found = rows(options.loop, ways, options.repeats, chosen)
     print(table(found))
     if options.record:
