@@ -293,3 +293,83 @@ def moment_distance(
         for (mu, sigma2), m, v in zip(moments, mean.split(widths), var.split(widths), strict=True)
     ]
     return torch.stack([first_bn * terms[0], *terms[1:]]).sum(0)
+
+
+def jittered(images: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+    """Each task's images rolled by shift (G, 2), then mirrored where flip (G,).
+
+    images (G, m, 3, S, S). out[g, ..., r, c] = images[g, ..., (r - shift_0) mod S, (c - shift_1)
+    mod S], the columns of a mirrored task in reversed order.
+    """
+    side = images.shape[-1]
+    line = torch.arange(side, device=images.device)
+    rows, columns = ((line - s[:, None]) % side for s in shift.unbind(1))  # (G, S) each
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    task = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images.permute(0, 3, 4, 1, 2)[task, rows[:, :, None], columns[:, None]]
+    return moved.permute(0, 3, 4, 1, 2).contiguous()
+
+
+def jitter_pixels(
+    images: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    prior_mean: Sequence[float] | None,
+    prior_std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Images as the backbone sees them, and in the prior's normalisation (None without a prior).
+
+    images (G, m, 3, S, S) in the backbone's; shift (G, 2), flip (G,). Returns (G, m, 3, S, S) and
+    (G m, 3, S, S), ((seen std + mean) - prior_mean) / prior_std.
+    """
+    seen = jittered(images, shift, flip)
+    if prior_mean is None or prior_std is None:
+        return seen.to(dtype), None
+    own_mean, own_std, mean_to, std_to = (
+        images.new_tensor(values)[:, None, None] for values in (mean, std, prior_mean, prior_std)
+    )
+    natural = (seen * own_std + own_mean - mean_to) / std_to
+    return seen.to(dtype), natural.flatten(0, 1).to(dtype)
+
+
+@torch.no_grad()
+def pixel_step(
+    images: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    d_seen: Tensor,
+    d_natural: Tensor | None,
+    shift: Tensor,
+    flip: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    low: Sequence[float],
+    high: Sequence[float],
+    std: Sequence[float],
+    prior_std: Sequence[float] | None,
+) -> None:
+    """Adam's step from the gradients of `jitter_pixels`' results; x clamped to [low, high].
+
+    In place on images, exp_avg, exp_avg_sq (G, m, 3, S, S) and step. d_seen (G, m, 3, S, S),
+    d_natural (G m, 3, S, S) or None; low, high, std, prior_std of each channel.
+    """
+    gradient = d_seen.to(wide(images))
+    if d_natural is not None and prior_std is not None:
+        factor = images.new_tensor(std) / images.new_tensor(prior_std)
+        gradient = gradient + factor[:, None, None] * d_natural.view_as(images)
+    # undone in the order opposite to the jitter's: mirrored, then rolled back
+    still = torch.zeros_like(flip)
+    gradient = torch.where(flip[:, None, None, None, None], gradient.flip(-1), gradient)
+    gradient = jittered(gradient, -shift, still)
+    step += 1
+    exp_avg.lerp_(gradient, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    unbiased = [s / (1 - b ** step.double()) for s, b in zip((exp_avg, exp_avg_sq), betas)]
+    images -= lr * unbiased[0] / (unbiased[1].sqrt() + eps)
+    bounds = (images.new_tensor(values)[:, None, None] for values in (low, high))
+    torch.clamp(images, *bounds, out=images)
