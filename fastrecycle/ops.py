@@ -24,8 +24,9 @@ from torch import Tensor
 __all__ = [
     "Backend", "Fp8Weight", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
     "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "check_precision",
-    "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "kernels_suit", "lora_linear",
-    "lora_qkv", "moment_distance", "residual_mlp", "residual_norm", "resolve_backend", "stem_conv",
+    "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels", "kernels_suit",
+    "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp", "residual_norm",
+    "resolve_backend", "stem_conv",
     "stem_conv_fits", "token_gather", "varlen_attention", "weight_dtype",
 ]  # fmt: skip
 
@@ -728,3 +729,64 @@ def moment_distance(chunks: list[Any], mean: Tensor, var: Tensor, first_bn: floa
     from fastrecycle_kernels.moment_distance import moment_distance as kernel
 
     return kernel(chunks, mean, var, first_bn)
+
+
+def jitter_pixels(
+    images: Tensor,
+    shift: Tensor,
+    flip: Tensor,
+    norm: tuple[tuple[float, ...], tuple[float, ...]],
+    prior_norm: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Images of each task rolled and flipped, for the backbone and for the prior. Triton only.
+
+    Args:
+        images: (G, m, 3, S, S) float32, in the backbone's input space.
+        shift: (G, 2) int64, how far rows and columns are rolled.
+        flip: (G,) bool, which tasks are mirrored then.
+        norm: mean and std of the backbone's input; prior_norm: of the prior's, None without one.
+        dtype: of the results.
+
+    Returns:
+        (G, m, 3, S, S) for the backbone; (G m, 3, S, S), normalised for the prior, or None.
+
+    """
+    from fastrecycle_kernels.pixels import jitter_pixels as kernel
+
+    return kernel(images, shift, flip, *norm, *(prior_norm or (None, None)), dtype)
+
+
+def pixel_step(
+    images: Tensor,
+    state: dict[str, Tensor],
+    gradients: tuple[Tensor, Tensor | None],
+    shift: Tensor,
+    flip: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    bounds: tuple[list[float], list[float]],
+    std: tuple[float, ...],
+    prior_std: tuple[float, ...] | None,
+) -> None:
+    """Adam's step on pixels from the gradients of `jitter_pixels`' results, and a clamp.
+
+    Alone among the operations it writes in place, as an optimiser does. Triton only.
+
+    Args:
+        images: (G, m, 3, S, S) float32; changed.
+        state: Adam's "step", "exp_avg" and "exp_avg_sq"; changed.
+        gradients: of both results of `jitter_pixels`; None for that of a prior that is not there.
+        shift, flip, std, prior_std: as `jitter_pixels` had them.
+        lr: one number, on the images' device.
+        betas, eps: Adam's.
+        bounds: lowest and highest value of each channel.
+
+    """
+    from fastrecycle_kernels.pixels import pixel_step as kernel
+
+    kernel(
+        images, state["exp_avg"], state["exp_avg_sq"], state["step"], *gradients, shift, flip, lr,
+        betas, eps, *bounds, std, prior_std,
+    )  # fmt: skip
