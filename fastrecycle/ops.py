@@ -21,13 +21,15 @@ from fastrecycle_kernels import host, reference
 from fastrecycle_kernels.reference import Fp8Weight, LowRank
 from torch import Tensor
 
+from fastrecycle import pruning
+
 __all__ = [
     "Backend", "Fp8Weight", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
     "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "check_precision",
     "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels", "kernels_suit",
     "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp", "residual_norm",
     "resolve_backend", "stem_conv",
-    "stem_conv_fits", "token_gather", "varlen_attention", "weight_dtype",
+    "stem_conv_fits", "token_gather", "top_patches", "varlen_attention", "weight_dtype",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -414,6 +416,15 @@ def cls_scores(q_cls: Tensor, k: Tensor, *, impl: Impl = "reference") -> Tensor:
 
         return kernel(q_cls, k)
     return reference.cls_scores(q_cls, k)
+
+
+def top_patches(scores: Tensor, count: int, *, impl: Impl = "reference") -> Tensor:
+    """The patches that stay: see `fastrecycle.pruning.top_patches`; "triton" takes up to 4096."""
+    if impl == "triton":
+        from fastrecycle_kernels.cls_scores import top_patches as kernel
+
+        return kernel(scores, count)
+    return pruning.top_patches(scores, count)
 
 
 def token_gather(x: Tensor, index: Tensor, *, impl: Impl = "reference") -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastrecycle import ops
 from fastrecycle.lora import LoRA, LoRAStack
-from fastrecycle.pruning import PruneSchedule, kept_count, patches_after_blocks, top_patches
+from fastrecycle.pruning import PruneSchedule, kept_count, patches_after_blocks
 
 Triple = tuple[float, float, float]
 
@@ -672,7 +672,8 @@ class ViT(nn.Module):
             )  # fmt: skip
             if drops:
                 assert scores is not None
-                alive = top_patches(scores[:, config.prefix_tokens :], counts[i])
+                own = scores[:, config.prefix_tokens :]
+                alive = ops.top_patches(own, counts[i], impl=impl)
                 kept = kept.gather(1, alive)
                 patches = counts[i]
             if last:  # nothing reads the other tokens any more
