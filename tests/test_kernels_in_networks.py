@@ -12,7 +12,7 @@ from fastrecycle.config import InversionConfig, MetaConfig
 from fastrecycle.inversion import InversionGroup
 from fastrecycle.lora import LoRAStack
 from fastrecycle.metatrain import MetaTrainer
-from fastrecycle.prior import ResNetPrior
+from fastrecycle.prior import ResNetPrior, ResNetSpec
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("one_thread", "no_tf32")
@@ -33,6 +33,22 @@ def test_prior_matches_reference(kind):
     gradients = [torch.autograd.grad(total.sum(), pixels)[0] for total in totals]
     same(gradients[1], gradients[0])
     assert gradients[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "maxpool", "side"),
+    [(3, 1, False, 10), (5, 2, True, 26), (4, 2, True, 20)],  # CIFAR's; odd sides; none of ours
+)
+def test_prior_of_other_stems_matches_reference(kernel, stride, maxpool, side):
+    state = toys.resnet_state(width=16)
+    shape = (16, 3, kernel, kernel)
+    state["conv1.weight"] = torch.randn(shape, generator=toys.generator(1)) / kernel
+    prior = ResNetPrior(state, ResNetSpec(stem_stride=stride, maxpool=maxpool)).to(DEVICE)
+    pixels = torch.rand(4, 3, side, side, generator=toys.generator(0)).to(DEVICE).requires_grad_()
+    totals = [prior(pixels, 2, 3.0, impl=impl) for impl in ("reference", "triton")]
+    same(totals[1], totals[0])
+    gradients = [torch.autograd.grad(total.sum(), pixels)[0] for total in totals]
+    same(gradients[1], gradients[0])
 
 
 def test_prepared_prior_computes_the_same():
