@@ -30,15 +30,19 @@ def optimiser_state(optimiser: torch.optim.Adam) -> list[Tensor]:
         if not group["capturable"]:
             raise ValueError("optimiser_state: a graph needs Adam(..., capturable=True)")
         for parameter in group["params"]:
-            state = optimiser.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(
-                    parameter, memory_format=torch.preserve_format
-                )
+            state = adam_state(optimiser, parameter)
             tensors += [x for x in state.values() if isinstance(x, Tensor)]
     return tensors
+
+
+def adam_state(optimiser: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter's "step", "exp_avg" and "exp_avg_sq", on its device; made where absent."""
+    state = optimiser.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
 
 
 def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:

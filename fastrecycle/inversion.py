@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastrecycle import ops
 from fastrecycle.augment import apply_maps, shrink_table
-from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
+from fastrecycle.capture import Captured, adam_state, capture, optimiser_state, set_rate
 from fastrecycle.config import InversionConfig
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA, LoRAStack
@@ -54,6 +56,7 @@ def data_loss(
     shrink: Tensor | None = None,
     impl: Impl = "reference",
     side: torch.cuda.Stream | None = None,
+    natural: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
 
@@ -70,6 +73,8 @@ def data_loss(
         shrink: (G, S, S), maps of `shrink_table` through which the backbone sees each task.
         impl: code of the operations.
         side: where the prior runs beside the backbone, forward and backward; None: after it.
+        natural: (G m, 3, S, S), the images in the normalisation of a `ResNetPrior`, as
+            `ops.jitter_pixels` makes them; None: they are made of `images` here.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -83,8 +88,11 @@ def data_loss(
         # One is bound by memory, the other by arithmetic. Autograd goes back on the same streams.
         with _beside(side), autocast(images.device, precision):
             # another network's BatchNorms are read by hooks, whatever computes them
-            options = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
-            r_bn = prior(vit.pixels(flat), segments=tasks, first_bn=config.first_bn, **options)
+            options: dict[str, Any] = {"impl": impl} if isinstance(prior, ResNetPrior) else {}
+            if natural is not None:
+                options["normalised"] = True
+            pixels = vit.pixels(flat) if natural is None else natural
+            r_bn = prior(pixels, segments=tasks, first_bn=config.first_bn, **options)
     seen = flat if shrink is None else apply_maps(images, shrink).flatten(0, 1)
     with autocast(images.device, precision):
         # without an index each LoRA has an equal share of the batch: its own task
@@ -95,11 +103,11 @@ def data_loss(
     target = labels.expand(tasks, -1)
     ce = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
     loss = config.ce * ce
-    if side is not None:
-        torch.cuda.current_stream().wait_stream(side)
     if r_bn is None:
         r_bn = torch.zeros_like(ce)
     else:
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
         loss = loss + config.alpha * r_bn
     if config.tv > 0:
         rows = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 2, 3, 4))
@@ -147,6 +155,10 @@ class Jitter:
         """The same tables on a device."""
         return Jitter(*(x.to(device) for x in (self.shift, self.flip, self.resolution)))
 
+    def at(self, clock: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift (G, 2) and flip (G,) of the iteration that the clock shows; see `index`."""
+        return _at(self.shift, clock), _at(self.flip, clock)
+
     def index(self, clock: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Source rows and columns of each output pixel, (G, S) each.
 
@@ -156,7 +168,7 @@ class Jitter:
 
         """
         line = torch.arange(side, device=self.shift.device)
-        shift, flip = (_at(x, clock) for x in (self.shift, self.flip))
+        shift, flip = self.at(clock)
         rows = (line - shift[:, :1]) % side
         columns = (line - shift[:, 1:]) % side
         return rows, torch.where(flip[:, None], columns.flip(1), columns)
@@ -229,6 +241,7 @@ class InversionGroup:
         self.labels = classes.repeat_interleave(config.images_per_class)
         bounds = vit.normalise(torch.tensor([0.0, 1.0], dtype=dtype).view(2, 1, 1, 1))
         self.low, self.high = (b.to(device) for b in bounds)
+        self.bounds = bounds[0].flatten().tolist(), bounds[1].flatten().tolist()
         images = torch.stack(noise).to(device=device, dtype=dtype)
         self.images = images.clamp(self.low, self.high)
         # A recorded step cannot read a number of the host: its rate and clock are on the device.
@@ -247,22 +260,71 @@ class InversionGroup:
 
     def _iterate(self, pruned: bool) -> dict[str, Tensor]:
         """The iteration that the clock shows; everything happens on the device."""
+        loss, ce, r_bn = self._fused(pruned) if self._fuses() else self._plain(pruned)
+        self.clock += 1
+        return {"loss": loss.detach(), "ce": ce.detach(), "r_bn": r_bn.detach()}
+
+    def _fuses(self) -> bool:
+        """Whether pixels go to the networks and back by `ops.jitter_pixels` and `pixel_step`.
+
+        Those know the jitter and two normalisations, not terms in the pixels themselves.
+        """
+        config = self.config
+        return (
+            self.impl == "triton"
+            and self.images.dtype == torch.float32
+            and self.shrink is None
+            and config.tv == config.l2 == 0
+            and (self.prior is None or isinstance(self.prior, ResNetPrior))
+        )
+
+    def _fused(self, pruned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One iteration in which pixels are read once on their way to the networks, once back."""
+        config, norm = self.config, self.vit.config
+        spec = None
+        if isinstance(self.prior, ResNetPrior) and config.alpha > 0:
+            spec = self.prior.spec
+        shift, flip = self.jitter.at(self.clock)
+        seen, natural = ops.jitter_pixels(
+            self.images, shift, flip, (norm.mean, norm.std),
+            None if spec is None else (spec.mean, spec.std),
+            torch.float32 if self.precision == "fp32" else torch.bfloat16,
+        )  # fmt: skip
+        leaves = [seen] if natural is None else [seen, natural]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        losses = self._loss(
+            self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            config, pruned, self.precision, None, self.impl, self.side, natural,
+        )  # fmt: skip
+        d_seen, *d_natural = torch.autograd.grad(losses[0].sum(), leaves)
+        settings = self.optimiser.param_groups[0]
+        lr = torch.as_tensor(settings["lr"], device=self.images.device)
+        ops.pixel_step(
+            self.images, adam_state(self.optimiser, self.images),
+            (d_seen, d_natural[0] if d_natural else None), shift, flip, lr,
+            settings["betas"], settings["eps"], self.bounds,
+            norm.std, None if spec is None else spec.std,
+        )  # fmt: skip
+        return losses
+
+    def _plain(self, pruned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One iteration of any configuration."""
         rows, columns = self.jitter.index(self.clock, self.vit.config.image_size)
         # The jitter permutes pixels, so its backward is the inverse permutation: no graph needed.
         seen = gather_pixels(self.images, rows, columns).requires_grad_()
         shrink = None
         if self.shrink is not None:
             shrink = self.shrink.index_select(0, _at(self.jitter.resolution, self.clock))
-        loss, ce, r_bn = self._loss(
+        losses = self._loss(
             self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
             self.config, pruned, self.precision, shrink, self.impl, self.side,
         )  # fmt: skip
-        (gradient,) = torch.autograd.grad(loss.sum(), seen)
+        (gradient,) = torch.autograd.grad(losses[0].sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
         self.optimiser.step()
         self.images.clamp_(self.low, self.high)
-        self.clock += 1
-        return {"loss": loss.detach(), "ce": ce.detach(), "r_bn": r_bn.detach()}
+        return losses
 
     def step(self) -> dict[str, Tensor]:
         """One iteration of Eq. 1; returns its loss, CE and R_BN, each (G,), still on the device.

@@ -1,8 +1,8 @@
 """The operations of LoRA Recycle: the equation of each, its checks, and the door to its code.
 
 B images, N tokens, D width, H heads, d head width, R rank, G LoRAs (or tasks) in one batch,
-C channels. Every function is differentiable and functional (nothing is written in place) and
-traces under `torch.compile(fullgraph=True)`.
+C channels. Every function but `pixel_step`, an optimiser, is differentiable and functional (nothing
+is written in place); all trace under `torch.compile(fullgraph=True)`.
 
 Backends are resolved once, when a stage is built (`resolve_backend`), logged and written to the
 run's manifest; an operation itself never falls back to another implementation.
@@ -28,8 +28,8 @@ __all__ = [
     "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "check_precision",
     "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels", "kernels_suit",
     "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp", "residual_norm",
-    "resolve_backend", "stem_conv",
-    "stem_conv_fits", "token_gather", "top_patches", "varlen_attention", "weight_dtype",
+    "resolve_backend", "stem_conv", "stem_conv_fits", "token_gather", "top_patches",
+    "varlen_attention", "weight_dtype",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -781,9 +781,9 @@ def pixel_step(
     std: tuple[float, ...],
     prior_std: tuple[float, ...] | None,
 ) -> None:
-    """Adam's step on pixels from the gradients of `jitter_pixels`' results, and a clamp.
+    """Adam's step on pixels from the gradients of `jitter_pixels`' results, and a clamp, in place.
 
-    Alone among the operations it writes in place, as an optimiser does. Triton only.
+    Triton only.
 
     Args:
         images: (G, m, 3, S, S) float32; changed.

@@ -135,6 +135,7 @@ class ResNetPrior(nn.Module):
         segments: int = 1,
         first_bn: float = 1.0,
         impl: ops.Impl = "reference",
+        normalised: bool = False,
     ) -> Tensor:
         """R_BN of each task.
 
@@ -143,13 +144,14 @@ class ResNetPrior(nn.Module):
             segments: number of tasks; B / segments consecutive images belong to one.
             first_bn: factor of the first BatchNorm's term.
             impl: code of the operations.
+            normalised: whether `pixels` already are.
 
         Returns:
             (segments,) float32.
 
         """
         run = _Pass(self, segments, impl)
-        x = run.stem(pixels)
+        x = run.stem(pixels, normalised)
         for name in self.block_names:
             layer, index = (int(n) for n in re.findall(r"\d+", name))
             stride = 2 if index == 0 and layer > 1 else 1
@@ -187,15 +189,18 @@ class _Pass:
         self.found: list[Any] = []  # of each layer: its term, or its chunks
         self.twin: Tensor | None = None
 
-    def stem(self, pixels: Tensor) -> Tensor:
+    def stem(self, pixels: Tensor, normalised: bool) -> Tensor:
         """From the pixels to the first block."""
         prior, spec = self.prior, self.prior.spec
+        mean, std = ((0.0,) * 3, (1.0,) * 3) if normalised else (spec.mean, spec.std)
         weight = prior._get("conv1.weight")
         padding = weight.shape[-1] // 2
         if self.impl == "triton" and ops.stem_conv_fits(weight, spec.stem_stride, padding):
-            x = ops.stem_conv(pixels, weight, spec.stem_stride, padding, spec.mean, spec.std)
+            x = ops.stem_conv(pixels, weight, spec.stem_stride, padding, mean, std)
         else:
-            x = (pixels - _channels(spec.mean, pixels)) / _channels(spec.std, pixels)
+            x = pixels
+            if not normalised:
+                x = (pixels - _channels(mean, pixels)) / _channels(std, pixels)
             if x.is_cuda:
                 x = x.contiguous(memory_format=torch.channels_last)
             x = prior._conv("conv1", x, spec.stem_stride)

@@ -13,6 +13,7 @@ from fastrecycle.inversion import InversionGroup
 from fastrecycle.lora import LoRAStack
 from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.prior import ResNetPrior, ResNetSpec
+from fastrecycle.vit import IMAGENET_MEAN, IMAGENET_STD
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("one_thread", "no_tf32")
@@ -85,20 +86,102 @@ def test_vit_matches_reference(arguments):
     assert gradients[0].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"prune": {0: 0.25, 1: 0.5}, "prune_from": 0.5}])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_prior_takes_normalised_images(kind, impl):
+    prior = ResNetPrior(toys.resnet_state(kind, (1, 1), width=16)).to(DEVICE)
+    pixels = torch.rand(4, 3, 32, 32, generator=toys.generator(0)).to(DEVICE)
+    mean, std = (torch.tensor(v)[:, None, None].to(DEVICE) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    natural = ((pixels - mean) / std).requires_grad_()
+    pixels.requires_grad_()
+    totals = prior(pixels, 2, impl=impl), prior(natural, 2, impl=impl, normalised=True)
+    same(totals[1], totals[0])
+    gradients = [
+        torch.autograd.grad(total.sum(), leaf)[0]
+        for total, leaf in zip(totals, (pixels, natural), strict=True)
+    ]
+    same(gradients[1] / std, gradients[0])
+
+
+def inversions(config, steps, prior=True):
+    """Groups of one seed through either code after so many steps, and their loss curves."""
+    groups, curves = [], []
+    for impl in ("reference", "triton"):
+        network = toys.prior().to(DEVICE) if prior else None
+        loras = [toys.lora(i) for i in range(2)]
+        group = InversionGroup(toys.vit().to(DEVICE), loras, [0, 1], network, config)
+        group.impl = impl
+        curves.append(torch.stack([group.step()["loss"] for _ in range(steps)]))
+        groups.append(group)
+    return groups, curves
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resolution": (8, 20)},
+        {"resolution": (8, 20), "prune": {0: 0.25, 1: 0.5}, "prune_from": 0.5},
+        {"tv": 0.3, "l2": 0.1},
+    ],
+)
 def test_inversion_step_matches_reference(changes):
     """From one seed, the same loss curve; the step itself is eager in both."""
-    config = InversionConfig(images_per_class=1, iterations=3, resolution=(8, 20), **changes)
-    curves = []
-    for impl in ("reference", "triton"):
+    config = InversionConfig(images_per_class=1, iterations=3, **changes)
+    groups, curves = inversions(config, 2)
+    assert not groups[1]._fuses()
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
+    assert (curves[0][0] - curves[0][1]).abs().min() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "prior"),
+    [
+        ({"schedule": "cosine"}, True),
+        ({"prune": {0: 0.25, 1: 0.5}, "prune_from": 0.5}, True),
+        ({"alpha": 0.0}, True),
+        ({}, False),
+    ],
+)
+def test_fused_inversion_step_matches_reference(changes, prior):
+    """Pixels through `ops.jitter_pixels` and `ops.pixel_step`, three iterations."""
+    config = InversionConfig(images_per_class=1, iterations=4, lr=0.05, **changes)
+    (plain, fused), curves = inversions(config, 3, prior)
+    assert fused._fuses()
+    assert not plain._fuses()
+    assert plain.jitter.shift[:3].any()
+    assert plain.jitter.flip[:3].any()
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-3)
+    # Adam's first steps are rate / |gradient| long: rounding of a gradient near 0 shows
+    far = (fused.images - plain.images).abs() > 0.02 * config.lr
+    assert far.float().mean() < 0.01
+    one, other = (g.optimiser.state[g.images] for g in (plain, fused))
+    assert one.keys() == other.keys()
+    assert one["step"].item() == other["step"].item() == 3
+    for name in ("exp_avg", "exp_avg_sq"):
+        gap = (one[name] - other[name]).norm() / one[name].norm()
+        assert gap < 1e-2, name
+
+
+def test_fused_inversion_goes_on_from_a_saved_state(tmp_path):
+    """Saved after the first iteration and restored into a group of its own."""
+    config = InversionConfig(images_per_class=1, iterations=2, lr=0.05)
+
+    def start():
         loras = [toys.lora(i) for i in range(2)]
         group = InversionGroup(
             toys.vit().to(DEVICE), loras, [0, 1], toys.prior().to(DEVICE), config
         )
-        group.impl = impl
-        curves.append(torch.stack([group.step()["loss"] for _ in range(2)]))
-    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
-    assert (curves[0][0] - curves[0][1]).abs().min() > 1e-2
+        group.impl = "triton"
+        return group
+
+    whole, halves = start(), start()
+    whole.step(), whole.step()
+    halves.step()
+    halves.save(tmp_path / "state")
+    rest = start()
+    assert rest.restore(tmp_path / "state")
+    rest.step()
+    torch.testing.assert_close(rest.images, whole.images)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sparsity": 0.75}])
