@@ -238,7 +238,13 @@ def assert_as_near(fast, eager, exact):
 
 
 @FAST
-@pytest.mark.parametrize("changes", [{}, {"prune": {}}, {"resolution": (8, 20)}, {"tv": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"prune": {}}, {"resolution": (8, 20)}, {"tv": 0.1}, {"schedule": "cosine"},
+        {"alpha": 0.0}, {"alpha": 0.0, "tv": 0.1},
+    ],
+)  # fmt: skip
 def test_recorded_inversion_matches_reference(backend, changes):
     config = replace(INVERSION, iterations=20, **changes)
     eager = curve(group(DEVICE, config=config))
@@ -254,6 +260,20 @@ def test_recorded_bf16_inversion_is_as_near_fp32_as_eager_bf16(backend):
         for precision, b in (("fp32", "reference"), ("bf16", "reference"), ("bf16", backend))
     )
     assert_as_near(fast, eager, exact)
+
+
+@FAST
+@pytest.mark.parametrize("changes", [{}, {"tv": 0.1}])
+def test_recorded_inversion_goes_on_from_a_saved_state(backend, changes, tmp_path):
+    config = replace(INVERSION, **changes)
+    whole, half, rest = (group(DEVICE, config=config, backend=backend) for _ in range(3))
+    expected = curve(whole)
+    for _ in range(5):
+        half.step()
+    half.save(tmp_path / "state")
+    rest.step()  # recorded with a state that is given up
+    assert rest.restore(tmp_path / "state")
+    torch.testing.assert_close(curve(rest), expected[5:], rtol=1e-3, atol=1e-3)
 
 
 @FAST
