@@ -248,6 +248,11 @@ def bn_prior(
     return y.to(x.dtype), mu, sigma2
 
 
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """(3, 1, 1), filled on the device: no copy from the host."""
+    return torch.stack([like.new_full((), value) for value in values])[:, None, None]
+
+
 def augment(
     images: Tensor,
     rows: Tensor,
@@ -271,11 +276,7 @@ def augment(
         with no_autocast(images):
             pixels = (r @ pixels @ c.mT).clamp(0, 1)
     pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
-    shift, scale = (  # filled on the device: no copy from the host
-        torch.stack([torch.full((), v, device=images.device) for v in values])[:, None, None]
-        for values in (mean, std)
-    )
-    return ((pixels - shift) / scale).to(dtype)
+    return ((pixels - _channels(mean, pixels)) / _channels(std, pixels)).to(dtype)
 
 
 def moment_distance(
@@ -329,7 +330,7 @@ def jitter_pixels(
     if prior_mean is None or prior_std is None:
         return seen.to(dtype), None
     own_mean, own_std, mean_to, std_to = (
-        images.new_tensor(values)[:, None, None] for values in (mean, std, prior_mean, prior_std)
+        _channels(values, images) for values in (mean, std, prior_mean, prior_std)
     )
     natural = (seen * own_std + own_mean - mean_to) / std_to
     return seen.to(dtype), natural.flatten(0, 1).to(dtype)
@@ -360,8 +361,8 @@ def pixel_step(
     """
     gradient = d_seen.to(wide(images))
     if d_natural is not None and prior_std is not None:
-        factor = images.new_tensor(std) / images.new_tensor(prior_std)
-        gradient = gradient + factor[:, None, None] * d_natural.view_as(images)
+        factor = _channels(std, images) / _channels(prior_std, images)
+        gradient = gradient + factor * d_natural.view_as(images)
     # undone in the order opposite to the jitter's: mirrored, then rolled back
     still = torch.zeros_like(flip)
     gradient = torch.where(flip[:, None, None, None, None], gradient.flip(-1), gradient)
@@ -371,5 +372,4 @@ def pixel_step(
     exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     unbiased = [s / (1 - b ** step.double()) for s, b in zip((exp_avg, exp_avg_sq), betas)]
     images -= lr * unbiased[0] / (unbiased[1].sqrt() + eps)
-    bounds = (images.new_tensor(values)[:, None, None] for values in (low, high))
-    torch.clamp(images, *bounds, out=images)
+    images.clamp_(_channels(low, images), _channels(high, images))
