@@ -47,7 +47,7 @@ def imported() -> set[str]:
 def test_readme_has_two_setup_commands():
     demo, tests = setup_commands()
     assert demo.endswith(".venv/bin/fastrecycle demo")
-    assert tests.endswith(".venv/bin/python -m pytest")
+    assert tests.endswith(".venv/bin/python -m pytest -n 2")
 
 
 def test_checks_run_the_second_command_as_it_stands():
