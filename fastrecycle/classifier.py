@@ -59,6 +59,26 @@ def prototype_logits(
     return -squared.clamp_min(torch.finfo(wide).tiny ** 0.5).sqrt()
 
 
+def class_index(labels: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted classes of labels of any sortable kind, and the position of each label among them.
+
+    Args:
+        labels: one for each image.
+        count: number of images.
+
+    Raises:
+        ValueError: another number of labels than of images, or fewer than 2 classes.
+
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or len(labels) != count:
+        raise ValueError(f"labels: expected one for each of {count} images, got {labels.shape}")
+    classes, index = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels: expected at least 2 classes, got {len(classes)}")
+    return classes, index
+
+
 def class_means(features: Tensor, ways: int) -> Tensor:
     """Prototypes of class-major support features: (..., W K, F) -> (..., W, F)."""
     return features.unflatten(-2, (ways, -1)).mean(-2)
@@ -177,7 +197,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def __sklearn_clone__(self) -> FewShotClassifier:
         return FewShotClassifier(**self.get_params(deep=False))
 
-    def _features(self, images: Any) -> Tensor:
+    def features(self, images: Any) -> Tensor:
+        """Features of images under the LoRA, (n, F) float32.
+
+        Args:
+            images: a list of PIL images, or (n, 3, S, S) from `vit.transform`.
+
+        Raises:
+            TypeError, ValueError: not images, or NaN or infinity in them.
+
+        """
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Sequence) and len(images) and isinstance(images[0], Image.Image):
@@ -211,15 +240,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             TypeError, ValueError: not images, or another number of labels than of images.
 
         """
-        labels = np.asarray(labels)
-        features = self._features(images)
-        if labels.ndim != 1 or len(labels) != len(features):
-            raise ValueError(
-                f"labels: expected one for each of {len(features)} images, got {labels.shape}"
-            )
-        self.classes_, index = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"labels: expected at least 2 classes, got {len(self.classes_)}")
+        features = self.features(images)
+        self.classes_, index = class_index(labels, len(features))
         one_hot = torch.nn.functional.one_hot(torch.from_numpy(index), len(self.classes_))
         one_hot = one_hot.to(features)
         self.prototypes_ = (one_hot.T @ features) / one_hot.sum(0)[:, None]
@@ -232,7 +254,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
             raise NotFittedError("FewShotClassifier: call fit(support_images, labels) first")
         return (
-            prototype_logits(self.prototypes_, self._features(images), self.distance).cpu().numpy()
+            prototype_logits(self.prototypes_, self.features(images), self.distance).cpu().numpy()
         )
 
     def predict_proba(self, images: Any) -> np.ndarray:

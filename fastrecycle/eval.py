@@ -23,6 +23,7 @@ from fastrecycle.ops import Backend
 from fastrecycle.vit import ViT
 
 Progress = Callable[[int, int], None]
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,16 +143,71 @@ def score_episodes(
         batch: tasks at once; None: all on a GPU, as many as a cache holds on the CPU.
 
     """
+
+    def nearest(support: Tensor, query: Tensor) -> Tensor:
+        return prototype_logits(class_means(support, tasks.ways), query, distance).argmax(-1)
+
+    return score_predictions(nearest, features, tasks, batch)
+
+
+def score_predictions(
+    predict: Predict, features: Tensor, tasks: Episodes, batch: int | None = None
+) -> Result:
+    """Accuracy of any rule on each task, from the features of all images.
+
+    Args:
+        predict: support (E, W K, F), class-major, and query (E, Q, F) -> the way of each (E, Q).
+        features: (N, F).
+        tasks: of image indices.
+        batch: tasks at once, E; see `score_episodes`.
+
+    """
     batch = batch or (len(tasks) if features.is_cuda else 50)
     truth = torch.from_numpy(tasks.query_ways).to(features.device)
     per_task = []
     for start in range(0, len(tasks), batch):
         support = torch.from_numpy(tasks.support[start : start + batch]).to(features.device)
         query = torch.from_numpy(tasks.query[start : start + batch]).to(features.device)
-        prototypes = class_means(features[support], tasks.ways)
-        guess = prototype_logits(prototypes, features[query], distance).argmax(-1)
+        guess = predict(features[support], features[query])
         per_task.append((guess == truth).float().mean(1))
     return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
+
+
+def embed_episodes(
+    vit: ViT,
+    lora: LoRA | None,
+    source: ImageDataset | Pixels,
+    *,
+    shots: Sequence[int],
+    ways: int = 5,
+    queries: int = 15,
+    tasks: int = 600,
+    seed: int = 0,
+    **embedding: Any,
+) -> tuple[Tensor, dict[int, Episodes]]:
+    """The frozen task lists of each of `shots`, and the features of the images they use.
+
+    Args:
+        vit, lora: see `embed`.
+        source: a split of a data set.
+        shots, ways, queries, tasks, seed: see `evaluate`.
+        embedding: named arguments of `embed`.
+
+    Returns:
+        (N, F), zero where no task uses an image, and {shots: tasks}.
+
+    """
+    drawn = {
+        count: episodes(
+            source.labels, ways, count, queries, tasks, seed, class_names=source.class_names
+        )
+        for count in shots
+    }
+    used = np.unique(np.concatenate([lists.images for lists in drawn.values()]))
+    features = embed(vit, lora, source, used, **embedding)
+    everywhere = features.new_zeros(len(source.labels), features.shape[1])
+    everywhere[torch.from_numpy(used).to(features.device)] = features
+    return everywhere, drawn
 
 
 def evaluate(
@@ -232,20 +288,12 @@ def evaluate_shots(
     source = dataset
     if not isinstance(dataset, Pixels):
         source = load_dataset(dataset, split, data_root)
-    drawn = {
-        count: episodes(
-            source.labels, ways, count, queries, tasks, seed, class_names=source.class_names
-        )
-        for count in shots
-    }
-    used = np.unique(np.concatenate([lists.images for lists in drawn.values()]))
-    features = embed(
-        vit, lora, source, used, prune=prune, batch_size=batch_size, precision=precision,
-        backend=backend, progress=progress,
+    features, drawn = embed_episodes(
+        vit, lora, source, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed,
+        prune=prune, batch_size=batch_size, precision=precision, backend=backend,
+        progress=progress,
     )  # fmt: skip
-    everywhere = features.new_zeros(len(source.labels), features.shape[1])
-    everywhere[torch.from_numpy(used).to(features.device)] = features
-    return {count: score_episodes(everywhere, lists, distance) for count, lists in drawn.items()}
+    return {count: score_episodes(features, lists, distance) for count, lists in drawn.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
