@@ -15,6 +15,7 @@ from fastrecycle.data import downloads
 from fastrecycle.data.arrays import from_arrays
 from fastrecycle.data.images import FileImages, ImageDataset
 from fastrecycle.data.layouts import SPLITS, read_class_names, read_rows, split_name
+from fastrecycle.data.published import read_published
 from fastrecycle.data.registry import DATASETS, absent, find_files, find_root
 from fastrecycle.data.stores import Folder, Store, open_store
 
@@ -117,7 +118,8 @@ def _from_store(
 ) -> ImageDataset:
     """Rows of the split; `of_split`: the file's name says that it holds this split alone."""
     where = store.path if table is None else store.path / table
-    rows = read_rows(store, table)
+    published = read_published(store) if table is None else None
+    rows = read_rows(store, table) if published is None else published[0]
     splits = sorted({row.split for row in rows if row.split is not None})
     if splits and split not in splits:
         raise ValueError(
@@ -127,7 +129,9 @@ def _from_store(
         rows = [row for row in rows if row.split == split]
     elif not of_split:
         _say_once(f"{where} has no splits: train, val and test are all of it")
-    readable = read_class_names(store) if table is None else {}
+    readable = {} if published is None else published[1]
+    if table is None:
+        readable = readable | read_class_names(store)
     labels = sorted({row.label for row in rows})
     code = {label: index for index, label in enumerate(labels)}
     files = [row.file for row in rows]

@@ -21,6 +21,7 @@ class DatasetInfo:
         url: where to get it.
         classes: number of classes in each published split; another number is warned about.
         download: torchvision's name of it, where an official direct link exists.
+        folders: its folders or archives as published, found under these names too.
         packaged: a dependency ships it, so no file is looked for.
 
     """
@@ -29,6 +30,7 @@ class DatasetInfo:
     url: str
     classes: dict[str, int] = field(default_factory=dict)
     download: str | None = None
+    folders: tuple[str, ...] = ()
     packaged: bool = False
 
 
@@ -54,6 +56,7 @@ DATASETS: dict[str, DatasetInfo] = {
         title="CUB-200-2011",
         url="https://www.vision.caltech.edu/datasets/cub_200_2011/",
         classes={"train": 100, "val": 50, "test": 50},
+        folders=("CUB_200_2011",),
     ),
     "chestx": DatasetInfo(
         title="ChestX-ray14, the seven classes of the cross-domain benchmark",
@@ -113,17 +116,19 @@ def find_root(data_root: str | Path | None) -> Path | None:
 def find_files(name: str, split: str, root: Path) -> tuple[Path, bool] | None:
     """Path of a registered set under `root`, and whether it is of this split alone.
 
-    A file of one split (cifar_fs_test.zip) goes before one of all (cifar_fs/, cifar_fs.zip).
+    A file of one split (cifar_fs_test.zip) goes before one of all (cifar_fs/, cifar_fs.zip), and
+    that before one under its published name (CUB_200_2011.tgz).
     """
     for spelling in split_spellings(split):
         for suffix in ("", *ARCHIVE_SUFFIXES):
             path = root / f"{name}_{spelling}{suffix}"
             if path.is_file() if suffix else path.is_dir():
                 return path, True
-    for suffix in ("", *ARCHIVE_SUFFIXES):
-        path = root / f"{name}{suffix}"
-        if path.is_file() if suffix else path.is_dir():
-            return path, False
+    for word in (name, *DATASETS[name].folders):
+        for suffix in ("", *ARCHIVE_SUFFIXES):
+            path = root / f"{word}{suffix}"
+            if path.is_file() if suffix else path.is_dir():
+                return path, False
     return None
 
 
@@ -141,6 +146,8 @@ def absent(name: str, split: str, root: Path | None) -> FileNotFoundError:
         f"(or {suffixes}), holding SPLIT/CLASS/FILE or CLASS/FILE, or a filename,label,split CSV "
         f"beside the images; get it from {info.url}"
     )
+    if info.folders:
+        remedy += f", where {' or '.join(info.folders)} is read as it lies"
     if info.download is not None:
         remedy += f", or call load_dataset({name!r}, download=True)"
     return FileNotFoundError(

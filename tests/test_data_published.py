@@ -1,0 +1,130 @@
+"""Registered sets as their authors publish them, on miniature trees of the real files."""
+
+import io
+import tarfile
+import zipfile
+
+import pytest
+from PIL import Image
+
+from fastrecycle.data import load_dataset
+
+SUFFIXES = ("", ".zip", ".tar", ".tgz")
+
+
+def image(color, form="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (color, 0, 0)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def images(*names):
+    return {name: image(red) for red, name in enumerate(names)}
+
+
+def pack(path, files):
+    """Write files (text or bytes) as the folder, zip or tar that the suffix says."""
+    files = {n: f.encode() if isinstance(f, str) else f for n, f in files.items()}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    elif path.suffix in (".tar", ".tgz"):
+        with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
+
+
+def reds(dataset):
+    return [dataset.open(index).getpixel((0, 0))[0] for index in range(len(dataset))]
+
+
+def names(dataset):
+    return [dataset.class_names[label] for label in dataset.labels]
+
+
+# CUB-200-2011
+
+BIRDS = [
+    "001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross",
+    "004.Groove_billed_Ani", "005.Crested_Auklet", "006.Least_Auklet",
+]  # fmt: skip
+
+
+def cub(prefix="CUB_200_2011/"):
+    # The image numbers are in no order, as in the real table's folders of different lengths.
+    paths = [
+        f"{bird}/{bird[4:]}_{place:04d}_7964{place:02d}.jpg" for bird in BIRDS for place in (46, 9)
+    ]
+    numbers = [7 * place % 12 + 1 for place in range(12)]
+    files = images(*(f"{prefix}images/{path}" for path in paths))
+    files[f"{prefix}classes.txt"] = "".join(f"{i} {bird}\n" for i, bird in enumerate(BIRDS, 1))
+    files[f"{prefix}images.txt"] = "".join(
+        f"{number} {path}\n" for number, path in zip(numbers, paths, strict=True)
+    )
+    files[f"{prefix}image_class_labels.txt"] = "".join(
+        f"{number} {place // 2 + 1}\n" for place, number in enumerate(numbers)
+    )
+    return files | {
+        f"{prefix}README": "The Caltech-UCSD Birds-200-2011 Dataset",
+        f"{prefix}bounding_boxes.txt": "1 60.0 27.0 325.0 304.0\n",
+        f"{prefix}train_test_split.txt": "1 0\n",
+        f"{prefix}parts/parts.txt": "1 back\n",
+        "attributes.txt": "1 has_bill_shape::curved_(up_or_down)\n",
+    }
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_cub_is_split_by_class_as_published(tmp_path, suffix):
+    path = pack(tmp_path / f"CUB_200_2011{suffix}", cub())
+    assert load_dataset("cub", "train", tmp_path).class_names == (
+        "Black footed Albatross", "Sooty Albatross", "Crested Auklet",
+    )  # fmt: skip
+    val = load_dataset("cub", "val", tmp_path)
+    assert names(val) == ["Laysan Albatross"] * 2 + ["Least Auklet"] * 2
+    assert val.files[0].endswith("images/002.Laysan_Albatross/Laysan_Albatross_0009_796409.jpg")
+    assert reds(val) == [3, 2, 11, 10]
+    assert load_dataset(path, "test").class_names == ("Groove billed Ani",)
+
+
+def test_cub_s_two_hundred_classes_are_split_100_50_50(tmp_path):
+    classes = [f"{i:03d}.Bird_{i}" for i in range(1, 201)]
+    files = dict.fromkeys((f"images/{c}/{c[4:]}_0001_1.jpg" for c in classes), image(0))
+    for table, value in (("classes", "{}"), ("images", "{0}/Bird_{1}_0001_1.jpg")):
+        files[f"{table}.txt"] = "".join(
+            f"{i} {value.format(c, i)}\n" for i, c in enumerate(classes, 1)
+        )
+    files["image_class_labels.txt"] = "".join(f"{i} {i}\n" for i in range(1, 201))
+    pack(tmp_path / "cub.zip", files)
+    sizes = [len(load_dataset("cub", s, tmp_path).class_names) for s in ("train", "val", "test")]
+    assert sizes == [100, 50, 50]
+
+
+@pytest.mark.parametrize(
+    ("table", "content", "error", "text"),
+    [
+        ("images.txt", "1 001.Auk/lost.jpg\n", FileNotFoundError, "image 1: no file .*lost.jpg"),
+        ("images.txt", "1 ../../secret.jpg\n", ValueError, "lies outside its folder"),
+        ("images.txt", "99 001.Auk/a.jpg\n", ValueError, "image 99 must have a class .* got none"),
+        ("images.txt", "\n", ValueError, r"images.txt lists no image of the set"),
+        ("classes.txt", "1\n", ValueError, r"classes.txt line 1 must be a new number and a value"),
+        ("image_class_labels.txt", "1 1\n1 2\n", ValueError, "labels.txt line 2 must be a new"),
+        ("image_class_labels.txt", "1 9\n", ValueError, "must have a class .* got"),
+    ],
+)
+def test_cub_s_tables_that_cannot_be_read_are_rejected(tmp_path, table, content, error, text):
+    pack(tmp_path / "cub", cub("") | {table: content})
+    with pytest.raises(error, match=text):
+        load_dataset("cub", data_root=tmp_path)
+
+
+def test_published_names_are_said_where_a_set_is_absent(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"where CUB_200_2011 is read as it lies"):
+        load_dataset("cub", data_root=tmp_path)
