@@ -4,8 +4,10 @@ import io
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from fastrecycle.data import load_dataset
 
@@ -128,3 +130,50 @@ def test_cub_s_tables_that_cannot_be_read_are_rejected(tmp_path, table, content,
 def test_published_names_are_said_where_a_set_is_absent(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"where CUB_200_2011 is read as it lies"):
         load_dataset("cub", data_root=tmp_path)
+
+
+# Oxford Flowers-102
+
+
+def flowers(*numbers, prefix=""):
+    table = io.BytesIO()
+    savemat(table, {"labels": np.array([numbers], dtype=np.uint8)})
+    paths = (f"{prefix}jpg/image_{place:05d}.jpg" for place in range(1, len(numbers) + 1))
+    return images(*paths) | {f"{prefix}imagelabels.mat": table.getvalue()}
+
+
+@pytest.mark.parametrize("prefix", ["", "flowers/"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_flowers_are_split_by_class_as_published(tmp_path, suffix, prefix):
+    pack(tmp_path / f"vgg_flower{suffix}", flowers(77, 5, 10, 77, 9, 102, 5, prefix=prefix))
+    test = load_dataset("vgg_flower", "test", tmp_path)
+    assert names(test) == ["flower_005", "flower_009", "flower_005"]
+    assert reds(test) == [1, 4, 6]
+    assert test.files[0] == f"{prefix}jpg/image_00002.jpg"
+    assert load_dataset("vgg_flower", "val", tmp_path).class_names == ("flower_010", "flower_102")
+    assert reds(load_dataset("vgg_flower", "train", tmp_path)) == [0, 3]
+
+
+def test_all_flowers_are_in_one_split(tmp_path):
+    pack(tmp_path / "vgg_flower.zip", flowers(*range(1, 103)))
+    sets = [load_dataset("vgg_flower", split, tmp_path) for split in ("train", "val", "test")]
+    assert [len(dataset.class_names) for dataset in sets] == [71, 15, 16]
+    assert len({name for dataset in sets for name in dataset.class_names}) == 102
+
+
+@pytest.mark.parametrize("table", [b"", b"x" * 200, b"x" * 2**17, flowers(103)["imagelabels.mat"]])
+def test_flowers_with_another_table_are_rejected(tmp_path, table):
+    pack(tmp_path / "vgg_flower", flowers(5) | {"imagelabels.mat": table})
+    with pytest.raises(ValueError, match=r"imagelabels.mat is not Flowers-102's table of labels"):
+        load_dataset("vgg_flower", data_root=tmp_path)
+
+
+def test_flowers_without_their_table_or_an_image_are_rejected(tmp_path):
+    files = flowers(5, 9)
+    pack(tmp_path / "vgg_flower", {name: files[name] for name in files if "jpg" in name})
+    with pytest.raises(FileNotFoundError, match=r"image_00001.jpg\) but no imagelabels.mat, which"):
+        load_dataset("vgg_flower", data_root=tmp_path)
+    del files["jpg/image_00002.jpg"]
+    path = pack(tmp_path / "flowers.zip", files)
+    with pytest.raises(FileNotFoundError, match=r"lists 2 images, .* no file jpg/image_00002.jpg"):
+        load_dataset(path)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastrecycle.data.images import ArrayImages, FileImages, ImageDataset
-from fastrecycle.data.layouts import read_rows
+from fastrecycle.data.layouts import Row, read_rows
+from fastrecycle.data.published import read_published
 from fastrecycle.data.stores import Folder
 
 _FOLDERS = {
@@ -36,13 +37,6 @@ _CIFAR_FS = {
     ],
 }
 # fmt: on
-
-# Class numbers of Flowers-102; all others are for training. Triantafillou et al., "Meta-Dataset",
-# 2020: 71 / 15 / 16 classes. No list was found for the 71 / 16 / 15 that other works count.
-_FLOWERS = {
-    "val": {10, 16, 17, 23, 26, 47, 53, 56, 57, 62, 82, 83, 86, 97, 102},
-    "test": {5, 9, 15, 19, 35, 40, 41, 42, 45, 46, 65, 85, 89, 94, 96, 98},
-}
 
 
 def present(name: str, root: Path) -> bool:
@@ -107,33 +101,17 @@ def _cifar_fs(root: Path, split: str, fetch: bool) -> ImageDataset:
 
 
 def _vgg_flower(root: Path, split: str, fetch: bool) -> ImageDataset:
-    """Flowers-102: jpg/image_00001.jpg, ... and their class numbers in imagelabels.mat."""
+    """Flowers-102 as published, with imagelabels.mat beside jpg/."""
     if fetch:
         _torchvision("vgg_flower", "Flowers102", root, download=True)
-    from scipy.io import loadmat  # a dependency of scikit-learn
-
-    folder = root / _FOLDERS["vgg_flower"]
-    table = folder / "imagelabels.mat"
-    try:
-        numbers = loadmat(table)["labels"].ravel().astype(np.int64)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"load_dataset: {table} is not Flowers-102's table of labels ({error}); "
-            "delete it and call with download=True"
-        ) from error
-    held_out = _FLOWERS["val"] | _FLOWERS["test"]
-    wanted = _FLOWERS.get(split) or set(range(1, 103)) - held_out
-    classes = sorted(wanted)
-    chosen = np.flatnonzero(np.isin(numbers, classes))
-    files = [f"jpg/image_{index + 1:05d}.jpg" for index in chosen]
-    return ImageDataset(
-        name="vgg_flower",
-        split=split,
-        class_names=tuple(f"flower_{number:03d}" for number in classes),
-        labels=np.searchsorted(classes, numbers[chosen]).astype(np.int64),
-        files=files,
-        pixels=FileImages(Folder(folder), files),
-    )
+    store = Folder(root / _FOLDERS["vgg_flower"])
+    published = read_published(store)
+    if published is None:
+        raise FileNotFoundError(
+            f"load_dataset: {store.path} has no imagelabels.mat; delete it and call with "
+            "download=True"
+        )
+    return _of_rows("vgg_flower", split, store, [row for row in published[0] if row.split == split])
 
 
 def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
@@ -141,11 +119,14 @@ def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
     if fetch:
         _torchvision("eurosat", "EuroSAT", root, download=True)
     store = Folder(root / _FOLDERS["eurosat"])
-    rows = read_rows(store)
+    return _of_rows("eurosat", split, store, read_rows(store))
+
+
+def _of_rows(name: str, split: str, store: Folder, rows: list[Row]) -> ImageDataset:
     names = sorted({row.label for row in rows})
     files = [row.file for row in rows]
     return ImageDataset(
-        name="eurosat",
+        name=name,
         split=split,
         class_names=tuple(names),
         labels=np.array([names.index(row.label) for row in rows], dtype=np.int64),

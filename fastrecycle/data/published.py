@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from fastrecycle.data.layouts import Row
 from fastrecycle.data.stores import Store, safe_name
+
+# Class numbers of Flowers-102; all others are for training. Triantafillou et al., "Meta-Dataset",
+# 2020: 71 / 15 / 16 classes. No list was found for the 71 / 16 / 15 that other works count.
+_FLOWERS = {
+    "val": {10, 16, 17, 23, 26, 47, 53, 56, 57, 62, 82, 83, 86, 97, 102},
+    "test": {5, 9, 15, 19, 35, 40, 41, 42, 45, 46, 65, 85, 89, 94, 96, 98},
+}
+# The real table has 502 bytes; what it holds may be compressed a thousandfold.
+_MAX_MAT_BYTES = 2**16
 
 
 class Layout(NamedTuple):
@@ -15,24 +28,27 @@ class Layout(NamedTuple):
     Attributes:
         tables: base names of the files that must lie side by side.
         rows: (store, their folder with a final slash, or "") -> rows and label -> readable name.
+        images: pattern of its images, whose folders are no classes; None: they are.
 
     """
 
     tables: tuple[str, ...]
     rows: Callable[[Store, str], tuple[list[Row], dict[str, str]]]
+    images: str | None = None
 
 
 def read_published(store: Store) -> tuple[list[Row], dict[str, str]] | None:
     """Rows, sorted by file, and readable class names; None for a store in no published layout.
 
     Raises:
-        FileNotFoundError: a table lists an image that is absent.
+        FileNotFoundError: the table is absent, or an image that it lists.
         ValueError: a table that cannot be read.
 
     """
     for layout in LAYOUTS:
         folder = _folder_of(store, layout.tables)
         if folder is not None:
+            store.hold([folder + table for table in layout.tables])
             rows, names = layout.rows(store, folder)
             if not rows:
                 raise ValueError(
@@ -40,7 +56,23 @@ def read_published(store: Store) -> tuple[list[Row], dict[str, str]] | None:
                     "the set; copy or download it again"
                 )
             return sorted(rows, key=lambda row: row.file), names
+    if not any(name.lower().endswith(".csv") for name in store.names):
+        for layout in LAYOUTS:
+            _reject_images_alone(store, layout)
     return None
+
+
+def _reject_images_alone(store: Store, layout: Layout) -> None:
+    """Images of a set without its table would be read as the classes that their folders are not."""
+    if layout.images is None:
+        return
+    pattern = re.compile(layout.images)
+    found = next((name for name in store.names if pattern.search(name)), None)
+    if found is not None:
+        raise FileNotFoundError(
+            f"load_dataset: {store.path} has images ({found}) but no {layout.tables[0]}, which "
+            "holds their classes; put it beside the folder of images"
+        )
 
 
 def _folder_of(store: Store, tables: tuple[str, ...]) -> str | None:
@@ -103,4 +135,37 @@ def _numbered(store: Store, name: str) -> dict[str, str]:
     return values
 
 
-LAYOUTS = (Layout(("images.txt", "image_class_labels.txt", "classes.txt"), _cub),)
+def _flowers(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
+    """Flowers-102: jpg/image_00001.jpg, ... and their class numbers in imagelabels.mat."""
+    from scipy.io import loadmat  # a dependency of scikit-learn
+
+    table = f"{folder}imagelabels.mat"
+    data = store.read(table)
+    try:
+        if len(data) > _MAX_MAT_BYTES:
+            raise ValueError(f"{len(data):,} bytes, the limit is {_MAX_MAT_BYTES:,}")
+        numbers = np.asarray(loadmat(io.BytesIO(data))["labels"], dtype=np.int64).ravel()
+        if not np.isin(numbers, np.arange(1, 103)).all():
+            raise ValueError("its labels must be in [1, 102]")
+    except Exception as error:  # scipy's reader raises KeyError, TypeError, zlib.error, ...
+        raise ValueError(
+            f"load_dataset: {store.path}: {table} is not Flowers-102's table of labels ({error}); "
+            "download it again"
+        ) from error
+    split_of = {number: split for split, held_out in _FLOWERS.items() for number in held_out}
+    rows = []
+    for index, number in enumerate(numbers.tolist(), 1):
+        file = f"{folder}jpg/image_{index:05d}.jpg"
+        if not store.has(file):
+            raise FileNotFoundError(
+                f"load_dataset: {store.path}: {table} lists {len(numbers)} images, but there is "
+                f"no file {file}; unpack 102flowers.tgz beside it"
+            )
+        rows.append(Row(split_of.get(number, "train"), f"flower_{number:03d}", file))
+    return rows, {}
+
+
+LAYOUTS = (
+    Layout(("images.txt", "image_class_labels.txt", "classes.txt"), _cub),
+    Layout(("imagelabels.mat",), _flowers, r"(^|/)jpg/image_\d{5}\.jpg$"),
+)
