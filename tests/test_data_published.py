@@ -177,3 +177,72 @@ def test_flowers_without_their_table_or_an_image_are_rejected(tmp_path):
     path = pack(tmp_path / "flowers.zip", files)
     with pytest.raises(FileNotFoundError, match=r"lists 2 images, .* no file jpg/image_00002.jpg"):
         load_dataset(path)
+
+
+# ISIC 2018, task 3
+
+LESIONS = ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+
+
+def isic(*labels, folder="ISIC2018_Task3_Training_GroundTruth/", prefix=""):
+    files = images(
+        *(
+            f"{prefix}ISIC2018_Task3_Training_Input/ISIC_{24306 + i:07d}.jpg"
+            for i in range(len(labels))
+        )
+    )
+    table = f"image,{','.join(LESIONS)}\n"
+    for place, label in enumerate(labels):
+        marks = ",".join("1.0" if label == lesion else "0.0" for lesion in LESIONS)
+        table += f"ISIC_{24306 + place:07d},{marks}\n"
+    return files | {
+        f"{prefix}{folder}ISIC2018_Task3_Training_GroundTruth.csv": table,
+        f"{prefix}ISIC2018_Task3_Training_Input/ATTRIBUTION.txt": "HAM10000",
+    }
+
+
+@pytest.mark.parametrize("folder", ["", "ISIC2018_Task3_Training_GroundTruth/"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_isic_is_read_by_its_ground_truth(tmp_path, suffix, folder):
+    pack(tmp_path / f"isic{suffix}", isic("NV", "VASC", "NV", "MEL", folder=folder))
+    dataset = load_dataset("isic", data_root=tmp_path)
+    assert dataset.class_names == ("melanoma", "melanocytic nevus", "vascular lesion")
+    assert names(dataset)[:2] == ["melanocytic nevus", "vascular lesion"]
+    assert dataset.files[3] == "ISIC2018_Task3_Training_Input/ISIC_0024309.jpg"
+    assert reds(dataset) == [0, 1, 2, 3]
+
+
+def test_isic_has_seven_classes(tmp_path, caplog):
+    path = pack(tmp_path / "isic.zip", isic(*LESIONS, prefix="ISIC2018/"))
+    assert len(load_dataset("isic", data_root=tmp_path).class_names) == 7
+    assert "published split" not in caplog.text
+    assert load_dataset(path).files[0].startswith("ISIC2018/ISIC2018_Task3_Training_Input/")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "text"),
+    [
+        ("0.0", "1.0", ValueError, "line 2 must have 1 in one of MEL, NV, .* got 1.0, 1.0"),
+        ("0.0", "0.5", ValueError, "line 2 must have 1 in one of MEL"),
+        ("BKL", "KL", ValueError, "must have the columns image, MEL, .* got image, mel"),
+        (",0.0\n", "\n", ValueError, "line 2 must have 8 values or more, got 7"),
+        ("0024306", "0099999", FileNotFoundError, "line 2: no image .*ISIC_0099999.jpg, or"),
+        ("0024307", "0024306", FileNotFoundError, "line 3: no image .*ISIC_0024306.jpg, or"),
+    ],
+)
+def test_isic_s_tables_that_cannot_be_read_are_rejected(tmp_path, old, new, error, text):
+    files = isic("NV", "MEL", folder="")
+    table = "ISIC2018_Task3_Training_GroundTruth.csv"
+    pack(tmp_path / "isic", files | {table: files[table].replace(old, new)})
+    with pytest.raises(error, match=text):
+        load_dataset("isic", data_root=tmp_path)
+
+
+def test_isic_without_its_table_or_with_images_twice_is_rejected(tmp_path):
+    files = isic("NV", "MEL", folder="")
+    twice = {f"copy/{name}": data for name, data in files.items() if name.endswith("6.jpg")}
+    with pytest.raises(ValueError, match=r"has ISIC_0024306.jpg twice, as ISIC.* and copy/"):
+        load_dataset(pack(tmp_path / "twice.zip", files | twice))
+    del files["ISIC2018_Task3_Training_GroundTruth.csv"]
+    with pytest.raises(FileNotFoundError, match=r"no ISIC2018_Task3_Training_GroundTruth.csv"):
+        load_dataset(pack(tmp_path / "isic.zip", files))

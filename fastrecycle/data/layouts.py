@@ -138,7 +138,7 @@ def _table_rows(store: Store, tables: list[str]) -> list[Row]:
     rows: list[Row] = []
     seen: dict[str, str] = {}
     for table in tables:
-        columns, lines = _read_table(store, table)
+        columns, lines = read_table(store, table)
         for column in ("filename", "label"):
             if column not in columns:
                 raise ValueError(
@@ -190,7 +190,7 @@ def _is_table(store: Store, name: str) -> bool:
     return {"filename", "label"} <= {column.strip().lower() for column in first}
 
 
-def _read_table(store: Store, name: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(store: Store, name: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Lower-case column names, and (line number, values) of the lines that are not empty."""
     try:
         text = store.read(name).decode("utf-8-sig")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from fastrecycle.data.layouts import Row
+from fastrecycle.data.layouts import Row, read_table
 from fastrecycle.data.stores import Store, safe_name
 
 # Class numbers of Flowers-102; all others are for training. Triantafillou et al., "Meta-Dataset",
@@ -18,8 +18,20 @@ _FLOWERS = {
     "val": {10, 16, 17, 23, 26, 47, 53, 56, 57, 62, 82, 83, 86, 97, 102},
     "test": {5, 9, 15, 19, 35, 40, 41, 42, 45, 46, 65, 85, 89, 94, 96, 98},
 }
+_ISIC = {
+    "MEL": "melanoma",
+    "NV": "melanocytic nevus",
+    "BCC": "basal cell carcinoma",
+    "AKIEC": "actinic keratosis",
+    "BKL": "benign keratosis",
+    "DF": "dermatofibroma",
+    "VASC": "vascular lesion",
+}
 # The real table has 502 bytes; what it holds may be compressed a thousandfold.
 _MAX_MAT_BYTES = 2**16
+
+_ISIC_IMAGES = r"(^|/)ISIC2018_Task3_Training_Input/ISIC_\d{7}\.jpg$"
+_ISIC_TABLE = "ISIC2018_Task3_Training_GroundTruth.csv"
 
 
 class Layout(NamedTuple):
@@ -165,7 +177,69 @@ def _flowers(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
     return rows, {}
 
 
+def _isic(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
+    """ISIC 2018 task 3: one column a class, one of them 1, for the images of the training input."""
+    table = f"{folder}{_ISIC_TABLE}"
+    files = _images_by_name(store, _ISIC_IMAGES)
+    rows = []
+    for where, (image, *marks) in _columns(store, table, ["image", *_ISIC]):
+        labels = [label for label, mark in zip(_ISIC, marks, strict=True) if mark in ("1", "1.0")]
+        if len(labels) != 1 or any(mark not in ("0", "0.0", "1", "1.0") for mark in marks):
+            raise ValueError(
+                f"load_dataset: {where} must have 1 in one of {', '.join(_ISIC)} and 0 in the "
+                f"others, got {', '.join(marks)}; copy or download it again"
+            )
+        file = files.pop(f"{image}.jpg", None)
+        if file is None:
+            raise FileNotFoundError(
+                f"load_dataset: {where}: no image ISIC2018_Task3_Training_Input/{image}.jpg, or it "
+                "is listed before; unpack ISIC2018_Task3_Training_Input.zip beside the table"
+            )
+        rows.append(Row(None, labels[0], file))
+    return rows, _ISIC
+
+
+def _columns(store: Store, table: str, wanted: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(where, values of the wanted columns) of each line of a CSV."""
+    columns, lines = read_table(store, table)
+    absent = [column for column in wanted if column.lower() not in columns]
+    if absent:
+        raise ValueError(
+            f"load_dataset: {store.path}: {table} must have the columns {', '.join(wanted)}, got "
+            f"{', '.join(columns) or 'none'}; copy or download it again"
+        )
+    places = [columns.index(column.lower()) for column in wanted]
+    for number, line in lines:
+        where = f"{store.path}: {table} line {number}"
+        if len(line) <= max(places):
+            raise ValueError(
+                f"load_dataset: {where} must have {max(places) + 1} values or more, got {len(line)}"
+            )
+        yield where, [line[place].strip() for place in places]
+
+
+def _images_by_name(store: Store, pattern: str) -> dict[str, str]:
+    """Base name -> file of the images whose files match the pattern.
+
+    Raises:
+        ValueError: two of one name.
+
+    """
+    files: dict[str, str] = {}
+    matches = re.compile(pattern).search
+    for file in filter(matches, store.names):
+        name = file.rsplit("/", 1)[-1]
+        if name in files:
+            raise ValueError(
+                f"load_dataset: {store.path} has {name} twice, as {files[name]} and {file}; keep "
+                "one of them"
+            )
+        files[name] = file
+    return files
+
+
 LAYOUTS = (
     Layout(("images.txt", "image_class_labels.txt", "classes.txt"), _cub),
     Layout(("imagelabels.mat",), _flowers, r"(^|/)jpg/image_\d{5}\.jpg$"),
+    Layout((_ISIC_TABLE,), _isic, _ISIC_IMAGES),
 )
