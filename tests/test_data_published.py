@@ -246,3 +246,80 @@ def test_isic_without_its_table_or_with_images_twice_is_rejected(tmp_path):
     del files["ISIC2018_Task3_Training_GroundTruth.csv"]
     with pytest.raises(FileNotFoundError, match=r"no ISIC2018_Task3_Training_GroundTruth.csv"):
         load_dataset(pack(tmp_path / "isic.zip", files))
+
+
+# ChestX-ray14
+
+X_RAYS = [
+    ("00000001_000.png", "Cardiomegaly"),
+    ("00000001_001.png", "Cardiomegaly|Emphysema"),
+    ("00000002_000.png", "No Finding"),
+    ("00000003_000.png", "Hernia"),
+    ("00000013_005.png", "Pneumonia"),
+    ("00000013_011.png", "Infiltration|Mass"),
+    ("00001301_000.png", "Atelectasis"),
+    ("00001301_001.png", "Cardiomegaly"),
+    ("00028173_016.png", "Nodule"),
+]
+
+
+def chestx(folder_of, table="Data_Entry_2017.csv"):
+    lines = [
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+    ]
+    lines += [f"{file},{finding},0,1,058Y,M,PA,2682,2749,0.143,0.143," for file, finding in X_RAYS]
+    paths = (f"{folder_of(place)}/{file}" for place, (file, _) in enumerate(X_RAYS))
+    return images(*paths) | {
+        table: "\n".join(lines) + "\n",
+        "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n",
+        "test_list.txt": "00000003_000.png\n",
+    }
+
+
+def one_folder(place):
+    return "images"
+
+
+def twelve_folders(place):
+    return f"images_{place + 1:03d}/images"
+
+
+@pytest.mark.parametrize("table", ["Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv"])
+@pytest.mark.parametrize("folder_of", [one_folder, twelve_folders])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_chestx_gives_the_single_findings_of_the_benchmark(tmp_path, suffix, folder_of, table):
+    pack(tmp_path / f"chestx{suffix}", chestx(folder_of, table))
+    dataset = load_dataset("chestx", data_root=tmp_path)
+    assert dataset.class_names == ("Atelectasis", "Cardiomegaly", "Nodule")
+    assert names(dataset) == ["Cardiomegaly", "Atelectasis", "Cardiomegaly", "Nodule"]
+    assert dataset.files[0] == f"{folder_of(0)}/00000001_000.png"
+    assert reds(dataset) == [0, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "text"),
+    [
+        ("Finding Labels", "Labels", ValueError, "columns Image Index, Finding Labels, got image"),
+        (
+            "00028173",
+            "00028174",
+            FileNotFoundError,
+            "line 10: no image .* unpack all of images_001",
+        ),
+        ("00028173_016", "00000001_000", FileNotFoundError, "line 10: .* is listed before"),
+        ("00000001_000.png,", '00000001_000.png,"', ValueError, "is not a CSV in UTF-8"),
+    ],
+)
+def test_chestx_tables_that_cannot_be_read_are_rejected(tmp_path, old, new, error, text):
+    files = chestx(one_folder)
+    table = files["Data_Entry_2017.csv"].replace(old, new)
+    pack(tmp_path / "chestx", files | {"Data_Entry_2017.csv": table})
+    with pytest.raises(error, match=text):
+        load_dataset("chestx", data_root=tmp_path)
+
+
+def test_chestx_without_its_table_is_rejected(tmp_path):
+    pack(tmp_path / "chestx", images("images_001/images/00000001_000.png"))
+    with pytest.raises(FileNotFoundError, match=r"00000001_000.png\) but no Data_Entry_2017.csv"):
+        load_dataset("chestx", data_root=tmp_path)

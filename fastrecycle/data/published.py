@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -27,11 +28,18 @@ _ISIC = {
     "DF": "dermatofibroma",
     "VASC": "vascular lesion",
 }
+# Guo et al., "A Broader Study of Cross-Domain Few-Shot Learning", 2020: seven of fourteen findings,
+# without Pneumonia.
+_CHESTX = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax",
+)  # fmt: skip
 # The real table has 502 bytes; what it holds may be compressed a thousandfold.
 _MAX_MAT_BYTES = 2**16
 
 _ISIC_IMAGES = r"(^|/)ISIC2018_Task3_Training_Input/ISIC_\d{7}\.jpg$"
 _ISIC_TABLE = "ISIC2018_Task3_Training_GroundTruth.csv"
+
+_CHESTX_IMAGES = r"(^|/)(images|images_\d{3}/images)/\d{8}_\d{3}\.png$"
 
 
 class Layout(NamedTuple):
@@ -199,6 +207,25 @@ def _isic(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
     return rows, _ISIC
 
 
+def _chestx(store: Store, folder: str, table: str) -> tuple[list[Row], dict[str, str]]:
+    """ChestX-ray14: the images whose only finding is one of the benchmark's seven."""
+    files = _images_by_name(store, _CHESTX_IMAGES)
+    rows = []
+    for where, (image, finding) in _columns(
+        store, f"{folder}{table}", ["Image Index", "Finding Labels"]
+    ):
+        if finding not in _CHESTX:  # several are joined by |
+            continue
+        file = files.pop(image, None)
+        if file is None:
+            raise FileNotFoundError(
+                f"load_dataset: {where}: no image images/{image} or images_*/images/{image}, or it "
+                "is listed before; unpack all of images_001.tar.gz to images_012.tar.gz"
+            )
+        rows.append(Row(None, finding, file))
+    return rows, {}
+
+
 def _columns(store: Store, table: str, wanted: list[str]) -> Iterator[tuple[str, list[str]]]:
     """(where, values of the wanted columns) of each line of a CSV."""
     columns, lines = read_table(store, table)
@@ -242,4 +269,8 @@ LAYOUTS = (
     Layout(("images.txt", "image_class_labels.txt", "classes.txt"), _cub),
     Layout(("imagelabels.mat",), _flowers, r"(^|/)jpg/image_\d{5}\.jpg$"),
     Layout((_ISIC_TABLE,), _isic, _ISIC_IMAGES),
+    *(
+        Layout((table,), functools.partial(_chestx, table=table), _CHESTX_IMAGES)
+        for table in ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
+    ),
 )
