@@ -450,6 +450,7 @@ class LoRA:
 
         """
         LoRAStack.of(loras)  # raises unless they belong together
+        loras = tuple(loras)  # no part of a bank is empty
         if of == "factors":
             return _average_factors(loras)
         a, b, scale, ranks = {}, {}, {}, {}

@@ -340,3 +340,9 @@ def test_compress_rejects_rank_and_targets_it_cannot_meet():
         random_lora(ranks_of(2)).compress(0)
     with pytest.raises(ValueError, match="targets of q, v"):
         random_lora(ranks_of(2)).compress(2, targets=("fc1",))
+
+
+def test_factors_of_a_bank_of_one_average_to_itself():
+    lora = random_lora({"q": (2, 0, 3)})
+    one = LoRA.average(LoRABank([lora]), of="factors")
+    torch.testing.assert_close(one.delta("q"), lora.delta("q"))
