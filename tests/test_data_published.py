@@ -21,7 +21,7 @@ def image(color, form="PNG"):
 
 
 def images(*names):
-    return {name: image(red) for red, name in enumerate(names)}
+    return {name: image(red % 256) for red, name in enumerate(names)}
 
 
 def pack(path, files):
@@ -323,3 +323,109 @@ def test_chestx_without_its_table_is_rejected(tmp_path):
     pack(tmp_path / "chestx", images("images_001/images/00000001_000.png"))
     with pytest.raises(FileNotFoundError, match=r"00000001_000.png\) but no Data_Entry_2017.csv"):
         load_dataset("chestx", data_root=tmp_path)
+
+
+# EuroSAT
+
+LAND = [
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
+    "PermanentCrop", "Residential", "River", "SeaLake",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [
+        ("eurosat", "2750/"),
+        ("eurosat", "EuroSAT/2750/"),
+        ("EuroSAT", "2750/"),
+        ("EuroSAT.zip", "2750/"),
+        ("EuroSAT_RGB.zip", "EuroSAT_RGB/"),
+        ("EuroSAT_RGB", ""),
+        ("2750", ""),
+        ("eurosat.tar", "EuroSAT/2750/"),
+        ("eurosat.tgz", "EuroSAT_RGB/"),
+    ],
+)
+def test_eurosat_is_read_as_published(tmp_path, caplog, file, prefix):
+    files = images(*(f"{prefix}{land}/{land}_{n}.jpg" for land in LAND for n in (1, 10)))
+    pack(tmp_path / file, files)
+    dataset = load_dataset("eurosat", data_root=tmp_path)
+    assert dataset.class_names == tuple(LAND)
+    assert reds(dataset) == list(range(20))
+    assert "published split" not in caplog.text
+
+
+def test_eurosat_s_other_bands_are_left_out(tmp_path):
+    names = ("EuroSAT_RGB/River/River_1.jpg", "EuroSAT_MS/River/River_1.tif")
+    pack(tmp_path / "eurosat.zip", images(*names))
+    dataset = load_dataset("eurosat", data_root=tmp_path)
+    assert (dataset.class_names, dataset.files) == (("River",), list(names[:1]))
+
+
+def test_a_table_of_one_s_own_goes_before_the_published_layout(tmp_path):
+    table = "filename,label,split\n{},water,test\n"
+    name = "2750/River/River_1.jpg"
+    pack(tmp_path / "eurosat", images(name) | {"mine.csv": table.format(name)})
+    assert load_dataset("eurosat", data_root=tmp_path).class_names == ("water",)
+    name = "jpg/image_00001.jpg"
+    pack(tmp_path / "vgg_flower", flowers(5) | {"mine.csv": table.format(name)})
+    assert load_dataset("vgg_flower", data_root=tmp_path).class_names == ("water",)
+
+
+# CropDiseases
+
+CROPS = {  # PlantVillage: crop -> the ends of its folders' names
+    "Apple": "Apple_scab Black_rot Cedar_apple_rust healthy",
+    "Blueberry": "healthy",
+    "Cherry_(including_sour)": "Powdery_mildew healthy",
+    "Corn_(maize)": "Cercospora_leaf_spot|Gray_leaf_spot Common_rust_ Northern_Leaf_Blight healthy",
+    "Grape": "Black_rot Esca_(Black_Measles) Leaf_blight_(Isariopsis_Leaf_Spot) healthy",
+    "Orange": "Haunglongbing_(Citrus_greening)",
+    "Peach": "Bacterial_spot healthy",
+    "Pepper,_bell": "Bacterial_spot healthy",
+    "Potato": "Early_blight Late_blight healthy",
+    "Raspberry": "healthy",
+    "Soybean": "healthy",
+    "Squash": "Powdery_mildew",
+    "Strawberry": "Leaf_scorch healthy",
+    "Tomato": (
+        "Bacterial_spot Early_blight Late_blight Leaf_Mold Septoria_leaf_spot "
+        "Spider_mites|Two-spotted_spider_mite Target_Spot Tomato_Yellow_Leaf_Curl_Virus "
+        "Tomato_mosaic_virus healthy"
+    ),
+}
+LEAVES = [
+    f"{crop}___{end}".replace("|", " ") for crop, ends in CROPS.items() for end in ends.split()
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix", "others"),
+    [
+        ("crop_diseases", "dataset/train/", ["dataset/test/"]),
+        ("CropDiseases.zip", "CropDiseases/dataset/train/", ["CropDiseases/dataset/test/"]),
+        ("crop_diseases", "", []),
+        ("crop_diseases.tar", "PlantVillage/", []),
+        ("PlantVillage-Dataset-master.zip", "PlantVillage-Dataset-master/raw/color/",
+         ["PlantVillage-Dataset-master/raw/grayscale/",
+          "PlantVillage-Dataset-master/raw/segmented/"]),
+    ],
+)  # fmt: skip
+def test_crop_diseases_are_read_as_published(tmp_path, caplog, file, prefix, others):
+    paths = [
+        f"{folder}{leaf}/0a1b2c3d-{n}___RS_HL {n}.JPG"
+        for folder in (prefix, *others)
+        for leaf in LEAVES
+        for n in (1, 2)
+    ]
+    pack(tmp_path / file, images(*paths))
+    dataset = load_dataset("crop_diseases", data_root=tmp_path)
+    assert dataset.class_names == tuple(sorted(LEAVES))
+    assert dataset.files == sorted(paths[: 2 * len(LEAVES)])
+    assert "published split" not in caplog.text
+
+
+def test_crop_diseases_in_splits_of_their_own_keep_them(tmp_path):
+    pack(tmp_path / "crop_diseases", images("train/Apple___rot/0.jpg", "test/Grape___rot/0.jpg"))
+    assert load_dataset("crop_diseases", "test", tmp_path).class_names == ("Grape___rot",)

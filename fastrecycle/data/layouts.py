@@ -57,16 +57,18 @@ def read_rows(store: Store, table: str | None = None) -> list[Row]:
         ValueError: no image, or a layout that can be read in two ways.
 
     """
-    if table is not None:
-        tables = [table]
-    else:
-        tables = [
-            name
-            for name in store.names
-            if name.lower().endswith(".csv") and name.count("/") <= 1 and _is_table(store, name)
-        ]
+    tables = find_tables(store) if table is None else [table]
     rows = _table_rows(store, tables) if tables else _folder_rows(store)
     return sorted(rows, key=lambda row: row.file)
+
+
+def find_tables(store: Store) -> list[str]:
+    """The CSVs with the columns filename and label at the root or one folder down."""
+    return [
+        name
+        for name in store.names
+        if name.lower().endswith(".csv") and name.count("/") <= 1 and _is_table(store, name)
+    ]
 
 
 def read_class_names(store: Store) -> dict[str, str]:

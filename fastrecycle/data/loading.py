@@ -14,8 +14,15 @@ import numpy as np
 from fastrecycle.data import downloads
 from fastrecycle.data.arrays import from_arrays
 from fastrecycle.data.images import FileImages, ImageDataset
-from fastrecycle.data.layouts import SPLITS, read_class_names, read_rows, split_name
-from fastrecycle.data.published import read_published
+from fastrecycle.data.layouts import (
+    SPLITS,
+    Row,
+    find_tables,
+    read_class_names,
+    read_rows,
+    split_name,
+)
+from fastrecycle.data.published import read_class_folders, read_published
 from fastrecycle.data.registry import DATASETS, absent, find_files, find_root
 from fastrecycle.data.stores import Folder, Store, open_store
 
@@ -78,7 +85,9 @@ def _registered(
     found = None if root is None else find_files(name, split, root)
     if found is not None:
         path, of_split = found
-        dataset = _from_store(open_store(path), split, name=name, of_split=of_split)
+        dataset = _from_store(
+            open_store(path), split, name=name, within=info.within, of_split=of_split
+        )
     elif root is not None and info.download and (download or downloads.present(name, root)):
         dataset = downloads.load(name, root, split, fetch=download)
     elif download and info.download is None:
@@ -114,12 +123,26 @@ def _from_path(source: str | Path, split: str) -> ImageDataset:
 
 
 def _from_store(
-    store: Store, split: str, *, name: str, table: str | None = None, of_split: bool = False
+    store: Store,
+    split: str,
+    *,
+    name: str,
+    table: str | None = None,
+    within: tuple[str, ...] = (),
+    of_split: bool = False,
 ) -> ImageDataset:
     """Rows of the split; `of_split`: the file's name says that it holds this split alone."""
     where = store.path if table is None else store.path / table
-    published = read_published(store) if table is None else None
-    rows = read_rows(store, table) if published is None else published[0]
+    rows: list[Row] | None = None
+    readable: dict[str, str] = {}
+    if table is None and not find_tables(store):  # the user's own table goes first
+        published = read_published(store)
+        if published is not None:
+            rows, readable = published
+        elif within:
+            rows = read_class_folders(store, within)
+    if rows is None:
+        rows = read_rows(store, table)
     splits = sorted({row.split for row in rows if row.split is not None})
     if splits and split not in splits:
         raise ValueError(
@@ -129,7 +152,6 @@ def _from_store(
         rows = [row for row in rows if row.split == split]
     elif not of_split:
         _say_once(f"{where} has no splits: train, val and test are all of it")
-    readable = {} if published is None else published[1]
     if table is None:
         readable = readable | read_class_names(store)
     labels = sorted({row.label for row in rows})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastrecycle.data.layouts import Row, read_table
+from fastrecycle.data.layouts import IMAGE_SUFFIXES, Row, read_table
 from fastrecycle.data.stores import Store, safe_name
 
 # Class numbers of Flowers-102; all others are for training. Triantafillou et al., "Meta-Dataset",
@@ -76,9 +76,8 @@ def read_published(store: Store) -> tuple[list[Row], dict[str, str]] | None:
                     "the set; copy or download it again"
                 )
             return sorted(rows, key=lambda row: row.file), names
-    if not any(name.lower().endswith(".csv") for name in store.names):
-        for layout in LAYOUTS:
-            _reject_images_alone(store, layout)
+    for layout in LAYOUTS:
+        _reject_images_alone(store, layout)
     return None
 
 
@@ -93,6 +92,21 @@ def _reject_images_alone(store: Store, layout: Layout) -> None:
             f"load_dataset: {store.path} has images ({found}) but no {layout.tables[0]}, which "
             "holds their classes; put it beside the folder of images"
         )
+
+
+def read_class_folders(store: Store, within: tuple[str, ...]) -> list[Row] | None:
+    """Rows of WITHIN/CLASS/FILE, sorted by file; None where none of these folders has classes.
+
+    Other folders beside them hold the same images again, as other files or for other uses.
+    """
+    words = "|".join(re.escape(folder) for folder in within)
+    match = re.compile(f"(?:.*/)?(?:{words})/([^/]+)/[^/]+").fullmatch
+    rows = [
+        Row(None, found[1], name)
+        for name in store.names
+        if name.lower().endswith(IMAGE_SUFFIXES) and (found := match(name))
+    ]
+    return sorted(rows, key=lambda row: row.file) or None
 
 
 def _folder_of(store: Store, tables: tuple[str, ...]) -> str | None:

@@ -22,6 +22,7 @@ class DatasetInfo:
         classes: number of classes in each published split; another number is warned about.
         download: torchvision's name of it, where an official direct link exists.
         folders: its folders or archives as published, found under these names too.
+        within: where it has one of these folders, only the class folders in it are read.
         packaged: a dependency ships it, so no file is looked for.
 
     """
@@ -31,6 +32,7 @@ class DatasetInfo:
     classes: dict[str, int] = field(default_factory=dict)
     download: str | None = None
     folders: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
     packaged: bool = False
 
 
@@ -73,11 +75,17 @@ DATASETS: dict[str, DatasetInfo] = {
         url="https://github.com/phelber/EuroSAT",
         classes={"test": 10},
         download="EuroSAT",
+        folders=("EuroSAT", "EuroSAT_RGB", "2750"),
+        within=("2750", "EuroSAT_RGB"),  # EuroSAT_MS has all bands of the same images
     ),
     "crop_diseases": DatasetInfo(
         title="CropDiseases: PlantVillage",
         url="https://github.com/spMohanty/PlantVillage-Dataset",
         classes={"test": 38},
+        folders=("CropDiseases", "PlantVillage-Dataset", "PlantVillage-Dataset-master"),
+        # The cross-domain benchmark (Guo et al., 2020) reads dataset/train; raw/ has all images as
+        # color, grayscale and segmented.
+        within=("dataset/train", "raw/color"),
     ),
     "omniglot": DatasetInfo(
         title="Omniglot",
