@@ -1,6 +1,8 @@
 """Registered sets as their authors publish them, on miniature trees of the real files."""
 
 import io
+import os
+import pickle
 import tarfile
 import zipfile
 
@@ -429,3 +431,58 @@ def test_crop_diseases_are_read_as_published(tmp_path, caplog, file, prefix, oth
 def test_crop_diseases_in_splits_of_their_own_keep_them(tmp_path):
     pack(tmp_path / "crop_diseases", images("train/Apple___rot/0.jpg", "test/Grape___rot/0.jpg"))
     assert load_dataset("crop_diseases", "test", tmp_path).class_names == ("Grape___rot",)
+
+
+# mini-ImageNet
+
+
+def mini_imagenet(prefix=""):
+    classes = {"train": ["n01532829", "n01558993"], "val": ["n01855672"], "test": ["n01930112"]}
+    files = {}
+    for split, wnids in classes.items():
+        listed = [(f"{wnid}{n:08d}.jpg", wnid) for wnid in wnids for n in (5, 6)]
+        table = "".join(f"{file},{wnid}\n" for file, wnid in listed)
+        files[f"{prefix}{split}.csv"] = f"filename,label\n{table}"
+        files |= images(*(f"{prefix}images/{file}" for file, _ in listed))
+    return files
+
+
+@pytest.mark.parametrize("prefix", ["", "mini-imagenet/"])
+@pytest.mark.parametrize("file", ["mini_imagenet", "mini-imagenet.zip", "miniImagenet.tar"])
+def test_mini_imagenet_is_split_by_its_three_tables(tmp_path, file, prefix):
+    pack(tmp_path / file, mini_imagenet(prefix))
+    train = load_dataset("mini_imagenet", "train", tmp_path)
+    assert names(train) == ["n01532829"] * 2 + ["n01558993"] * 2
+    assert train.files[1] == f"{prefix}images/n0153282900000006.jpg"
+    assert reds(train) == [0, 1, 2, 3]
+    assert load_dataset("mini_imagenet", "val", tmp_path).class_names == ("n01855672",)
+    assert load_dataset("mini_imagenet", "test", tmp_path).class_names == ("n01930112",)
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("file", ["mini_imagenet", "mini-imagenet.zip", "mini_imagenet.tar"])
+@pytest.mark.parametrize("ending", ["pkl", "pickle"])
+def test_mini_imagenet_s_pickles_are_refused_with_the_reason(tmp_path, file, ending):
+    content = pickle.dumps(Trap(str(tmp_path / "sprung")))
+    name = f"mini-imagenet-cache-test.{ending}"
+    pack(tmp_path / file, {name: content})
+    with pytest.raises(ValueError, match=f"cache-test.{ending} is a pickle; not opened, as that"):
+        load_dataset("mini_imagenet", data_root=tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="runs whatever code it holds; give the images as class"):
+        load_dataset(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_pickles_beside_images_are_left_alone(tmp_path):
+    pack(tmp_path / "mini_imagenet", mini_imagenet() | {"mini-imagenet-cache-test.pkl": b"x"})
+    assert len(load_dataset("mini_imagenet", data_root=tmp_path)) == 2

@@ -8,7 +8,7 @@ import json
 import logging
 from typing import NamedTuple
 
-from fastrecycle.data.stores import Store, safe_name
+from fastrecycle.data.stores import PICKLE_SUFFIXES, Store, pickle_refused, safe_name
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,9 @@ def read_class_names(store: Store) -> dict[str, str]:
 def _folder_rows(store: Store) -> list[Row]:
     """Rows of SPLIT/CLASS/FILE or CLASS/FILE, under any number of enclosing folders."""
     images = [name for name in store.names if name.lower().endswith(IMAGE_SUFFIXES)]
+    pickles = [name for name in store.names if name.lower().endswith(PICKLE_SUFFIXES)]
+    if pickles and not images:
+        raise pickle_refused(f"{store.path}: {pickles[0]}")
     if len(images) < len(store.names):
         log.debug("%s: %d files are no images", store.path, len(store.names) - len(images))
     paths = [name.split("/") for name in images]

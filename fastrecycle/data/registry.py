@@ -47,6 +47,7 @@ DATASETS: dict[str, DatasetInfo] = {
         title="mini-ImageNet in Ravi and Larochelle's class split",
         url="https://github.com/twitter-research/meta-learning-lstm",
         classes={"train": 64, "val": 16, "test": 20},
+        folders=("mini-imagenet", "miniImagenet", "miniImageNet"),
     ),
     "vgg_flower": DatasetInfo(
         title="VGG-Flower: Oxford Flowers-102",

@@ -29,6 +29,7 @@ MAX_ARCHIVE_BYTES = 64 * 2**30
 MAX_HELD_BYTES = 4 * 2**30
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+PICKLE_SUFFIXES = (".pkl", ".pickle")
 
 _JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 # A broken archive or a wrong file: what zipfile, tarfile and gzip raise.
@@ -83,9 +84,20 @@ def open_store(path: Path) -> Store:
         return CompressedTar(path)
     if name.endswith(".tar"):
         return Tar(path)
+    if name.endswith(PICKLE_SUFFIXES):
+        raise pickle_refused(path)
     raise ValueError(
         f"load_dataset: {path} must be a folder, a .csv or an archive "
         f"({', '.join(ARCHIVE_SUFFIXES)})"
+    )
+
+
+def pickle_refused(where: object) -> ValueError:
+    """The error for a set that is a pickle, as some copies of mini-ImageNet are."""
+    return ValueError(
+        f"load_dataset: {where} is a pickle; not opened, as that runs whatever code it holds; give "
+        "the images as class folders, or with train.csv, val.csv, test.csv (filename,label) beside "
+        "images/"
     )
 
 
