@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastrecycle.data import load_dataset
+from fastrecycle.data import load_dataset, published
 
 SUFFIXES = ("", ".zip", ".tar", ".tgz")
 
@@ -117,6 +118,14 @@ def test_cub_s_two_hundred_classes_are_split_100_50_50(tmp_path):
         ("images.txt", "1 001.Auk/lost.jpg\n", FileNotFoundError, "image 1: no file .*lost.jpg"),
         ("images.txt", "1 ../../secret.jpg\n", ValueError, "lies outside its folder"),
         ("images.txt", "99 001.Auk/a.jpg\n", ValueError, "image 99 must have a class .* got none"),
+        (
+            "images.txt",
+            "1 {0}\n2 {0}\n".format(
+                "001.Black_footed_Albatross/Black_footed_Albatross_0046_796446.jpg"
+            ),
+            ValueError,
+            "image 2: .*is listed before",
+        ),
         ("images.txt", "\n", ValueError, r"images.txt lists no image of the set"),
         ("classes.txt", "1\n", ValueError, r"classes.txt line 1 must be a new number and a value"),
         ("image_class_labels.txt", "1 1\n1 2\n", ValueError, "labels.txt line 2 must be a new"),
@@ -149,10 +158,12 @@ def flowers(*numbers, prefix=""):
 def test_flowers_are_split_by_class_as_published(tmp_path, suffix, prefix):
     pack(tmp_path / f"vgg_flower{suffix}", flowers(77, 5, 10, 77, 9, 102, 5, prefix=prefix))
     test = load_dataset("vgg_flower", "test", tmp_path)
-    assert names(test) == ["flower_005", "flower_009", "flower_005"]
+    assert names(test) == ["english marigold", "monkshood", "english marigold"]
     assert reds(test) == [1, 4, 6]
     assert test.files[0] == f"{prefix}jpg/image_00002.jpg"
-    assert load_dataset("vgg_flower", "val", tmp_path).class_names == ("flower_010", "flower_102")
+    assert load_dataset("vgg_flower", "val", tmp_path).class_names == (
+        "globe thistle", "blackberry lily",
+    )  # fmt: skip
     assert reds(load_dataset("vgg_flower", "train", tmp_path)) == [0, 3]
 
 
@@ -161,6 +172,15 @@ def test_all_flowers_are_in_one_split(tmp_path):
     sets = [load_dataset("vgg_flower", split, tmp_path) for split in ("train", "val", "test")]
     assert [len(dataset.class_names) for dataset in sets] == [71, 15, 16]
     assert len({name for dataset in sets for name in dataset.class_names}) == 102
+    assert all(re.fullmatch("[a-z'-]+( [a-z'-]+)*", n) for d in sets for n in d.class_names)
+
+
+def test_flowers_have_the_names_of_torchvision():
+    known = pytest.importorskip("torchvision.datasets").Flowers102
+    if not hasattr(known, "classes"):
+        pytest.skip("this torchvision does not list them")
+    listed = [name.strip() for name in published._FLOWER_NAMES.split(",")]
+    assert listed == [name.rstrip("?") for name in known.classes]
 
 
 @pytest.mark.parametrize("table", [b"", b"x" * 200, b"x" * 2**17, flowers(103)["imagelabels.mat"]])

@@ -111,7 +111,8 @@ def _vgg_flower(root: Path, split: str, fetch: bool) -> ImageDataset:
             f"load_dataset: {store.path} has no imagelabels.mat; delete it and call with "
             "download=True"
         )
-    return _of_rows("vgg_flower", split, store, [row for row in published[0] if row.split == split])
+    rows, readable = published
+    return _of_rows("vgg_flower", split, store, [r for r in rows if r.split == split], readable)
 
 
 def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
@@ -119,16 +120,18 @@ def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
     if fetch:
         _torchvision("eurosat", "EuroSAT", root, download=True)
     store = Folder(root / _FOLDERS["eurosat"])
-    return _of_rows("eurosat", split, store, read_rows(store))
+    return _of_rows("eurosat", split, store, read_rows(store), {})
 
 
-def _of_rows(name: str, split: str, store: Folder, rows: list[Row]) -> ImageDataset:
+def _of_rows(
+    name: str, split: str, store: Folder, rows: list[Row], readable: dict[str, str]
+) -> ImageDataset:
     names = sorted({row.label for row in rows})
     files = [row.file for row in rows]
     return ImageDataset(
         name=name,
         split=split,
-        class_names=tuple(names),
+        class_names=tuple(readable.get(label, label) for label in names),
         labels=np.array([names.index(row.label) for row in rows], dtype=np.int64),
         files=files,
         pixels=FileImages(store, files),

@@ -19,6 +19,25 @@ _FLOWERS = {
     "val": {10, 16, 17, 23, 26, 47, 53, 56, 57, 62, 82, 83, 86, 97, 102},
     "test": {5, 9, 15, 19, 35, 40, 41, 42, 45, 46, 65, 85, 89, 94, 96, 98},
 }
+# Their names as torchvision lists them, from class 1 on.
+_FLOWER_NAMES = """
+    pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold,
+    tiger lily, moon orchid, bird of paradise, monkshood, globe thistle, snapdragon, colt's foot,
+    king protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian lily,
+    balloon flower, giant white arum lily, fire lily, pincushion flower, fritillary, red ginger,
+    grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke,
+    sweet william, carnation, garden phlox, love in the mist, mexican aster, alpine sea holly,
+    ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy,
+    daffodil, sword lily, poinsettia, bolero deep blue, wallflower, marigold, buttercup,
+    oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower, pelargonium,
+    bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata,
+    japanese anemone, black-eyed susan, silverbush, californian poppy, osteospermum,
+    spring crocus, bearded iris, windflower, tree poppy, gazania, azalea, water lily, rose,
+    thorn apple, morning glory, passion flower, lotus, toad lily, anthurium, frangipani, clematis,
+    hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily,
+    hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia,
+    bromelia, blanket flower, trumpet creeper, blackberry lily
+"""
 _ISIC = {
     "MEL": "melanoma",
     "NV": "melanocytic nevus",
@@ -133,7 +152,8 @@ def _cub(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
         name: ("train", "val", "train", "test")[index % 4]
         for index, name in enumerate(sorted(classes.values()))
     }
-    rows = []
+    rows: list[Row] = []
+    seen: set[str] = set()
     for number, name in _numbered(store, f"{folder}images.txt").items():
         where = f"{store.path}: {folder}images.txt, image {number}"
         label = classes.get(labels.get(number, ""))
@@ -147,6 +167,11 @@ def _cub(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
             raise FileNotFoundError(
                 f"load_dataset: {where}: no file {file}; unpack the archive again"
             )
+        if file in seen:  # twice, it could be support and query of one task
+            raise ValueError(
+                f"load_dataset: {where}: {file} is listed before; copy or download the table again"
+            )
+        seen.add(file)
         rows.append(Row(split_of[label], label, file))
     # 001.Black_footed_Albatross
     return rows, {name: name.split(".", 1)[-1].replace("_", " ") for name in split_of}
@@ -196,7 +221,8 @@ def _flowers(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
                 f"no file {file}; unpack 102flowers.tgz beside it"
             )
         rows.append(Row(split_of.get(number, "train"), f"flower_{number:03d}", file))
-    return rows, {}
+    names = [name.strip() for name in _FLOWER_NAMES.split(",")]
+    return rows, {f"flower_{number:03d}": name for number, name in enumerate(names, 1)}
 
 
 def _isic(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
