@@ -1,5 +1,6 @@
 """Registered sets as their authors publish them, on miniature trees of the real files."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -10,9 +11,9 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
-from fastrecycle.data import load_dataset, published
+from fastrecycle.data import load_dataset, matlab, published
 
 SUFFIXES = ("", ".zip", ".tar", ".tgz")
 
@@ -188,6 +189,47 @@ def test_flowers_with_another_table_are_rejected(tmp_path, table):
     pack(tmp_path / "vgg_flower", flowers(5) | {"imagelabels.mat": table})
     with pytest.raises(ValueError, match=r"imagelabels.mat is not Flowers-102's table of labels"):
         load_dataset("vgg_flower", data_root=tmp_path)
+
+
+def matrices(compressed, dtype):
+    table = io.BytesIO()
+    labels = np.array([[5, 9, 102, 77, 1, 30]], dtype=dtype)
+    savemat(table, {"a": "text", "labels": labels, "z": 3.0}, do_compression=compressed)
+    return table.getvalue()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "f4", "f8", "u8"])
+def test_matrices_are_read_as_scipy_reads_them(compressed, dtype):
+    data = matrices(compressed, dtype)
+    expected = loadmat(io.BytesIO(data))["labels"].ravel()
+    read = matlab.read_matrix(data, "labels")
+    np.testing.assert_array_equal(read, expected)
+    np.testing.assert_array_equal(matlab.read_matrix(data, "z"), [3])
+    with pytest.raises(ValueError, match="it has no matrix b"):
+        matlab.read_matrix(data, "b")
+
+
+def test_matrices_that_inflate_too_far_are_refused():
+    table = io.BytesIO()
+    savemat(table, {"labels": np.zeros((1, 2**21), np.uint8)}, do_compression=True)
+    with pytest.raises(ValueError, match="a matrix of more than 1,048,576 bytes"):
+        matlab.read_matrix(table.getvalue(), "labels")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_matrices_raise_nothing_but_value_errors(compressed):
+    data = matrices(compressed, "u1")
+    rng = np.random.default_rng(0)
+    for length in range(len(data)):
+        with contextlib.suppress(ValueError):
+            matlab.read_matrix(data[:length], "labels")
+    for _ in range(2000):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 4):
+            damaged[place] = rng.integers(256)
+        with contextlib.suppress(ValueError):
+            matlab.read_matrix(bytes(damaged), "labels")
 
 
 def test_flowers_without_their_table_or_an_image_are_rejected(tmp_path):

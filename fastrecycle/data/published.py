@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastrecycle.data.layouts import IMAGE_SUFFIXES, Row, read_table
+from fastrecycle.data.matlab import read_matrix
 from fastrecycle.data.stores import Store, safe_name
 
 # Class numbers of Flowers-102; all others are for training. Triantafillou et al., "Meta-Dataset",
@@ -52,9 +52,6 @@ _ISIC = {
 _CHESTX = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax",
 )  # fmt: skip
-# The real table has 502 bytes; what it holds may be compressed a thousandfold.
-_MAX_MAT_BYTES = 2**16
-
 _ISIC_IMAGES = r"(^|/)ISIC2018_Task3_Training_Input/ISIC_\d{7}\.jpg$"
 _ISIC_TABLE = "ISIC2018_Task3_Training_GroundTruth.csv"
 
@@ -196,24 +193,19 @@ def _numbered(store: Store, name: str) -> dict[str, str]:
 
 def _flowers(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
     """Flowers-102: jpg/image_00001.jpg, ... and their class numbers in imagelabels.mat."""
-    from scipy.io import loadmat  # a dependency of scikit-learn
-
     table = f"{folder}imagelabels.mat"
-    data = store.read(table)
     try:
-        if len(data) > _MAX_MAT_BYTES:
-            raise ValueError(f"{len(data):,} bytes, the limit is {_MAX_MAT_BYTES:,}")
-        numbers = np.asarray(loadmat(io.BytesIO(data))["labels"], dtype=np.int64).ravel()
+        numbers = read_matrix(store.read(table), "labels")
         if not np.isin(numbers, np.arange(1, 103)).all():
             raise ValueError("its labels must be in [1, 102]")
-    except Exception as error:  # scipy's reader raises KeyError, TypeError, zlib.error, ...
+    except ValueError as error:
         raise ValueError(
             f"load_dataset: {store.path}: {table} is not Flowers-102's table of labels ({error}); "
             "download it again"
         ) from error
     split_of = {number: split for split, held_out in _FLOWERS.items() for number in held_out}
     rows = []
-    for index, number in enumerate(numbers.tolist(), 1):
+    for index, number in enumerate(numbers.astype(np.int64).tolist(), 1):
         file = f"{folder}jpg/image_{index:05d}.jpg"
         if not store.has(file):
             raise FileNotFoundError(
