@@ -227,7 +227,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError("images: hold NaN or infinity")
         images = images.to(self.vit.pos_embed.dtype)  # NumPy's own is float64
         embed = self._embed()
-        return torch.cat([embed(batch, self.batch_size) for batch in images.split(self.batch_size)])
+        # a few images alone are not filled up to a whole batch, only to the next power of two
+        full = min(self.batch_size, 1 << max(len(images) - 1, 0).bit_length())
+        return torch.cat([embed(batch, full) for batch in images.split(self.batch_size)])
 
     def fit(self, images: Any, labels: Any) -> FewShotClassifier:
         """Take class means of the support images' features.

@@ -326,6 +326,11 @@ def _launch_backward(
     needed = {"rows": queries, "columns": tokens}.get(method, 0)
     if cut.rows < needed:
         raise ValueError(f"attention: {method} needs a tile of {needed} rows, got {cut.rows}")
+    if qkv.is_cuda and method in ("rows", "columns") and cut.rows == 64 > cut.chunk:
+        raise ValueError(
+            f"attention: {method} with a tile of 64 rows needs chunks of 64, got {cut.chunk};"
+            " Triton 3.6 was seen to compile smaller ones to wrong sums"
+        )
     if not images:
         return dqkv
     bulk = _bulk(cut, qkv, y, dy, dqkv)

@@ -184,3 +184,17 @@ def test_recorded_features_are_the_eager_ones(precision, backend, no_tf32):
     allowed = 2 * (plain - exact).norm() + 1e-5 * exact.norm()
     assert (got - exact).norm() <= allowed
     assert len(embed.graphs) == 1
+
+
+@pytest.mark.parametrize(("count", "full"), [(1, 1), (3, 4), (5, 8), (8, 8), (9, 8)])
+def test_few_images_are_not_filled_up_to_a_whole_batch(monkeypatch, count, full):
+    asked = []
+
+    def embed(self, batch, batch_size=None):
+        asked.append(batch_size)
+        return torch.zeros(len(batch), 16)
+
+    monkeypatch.setattr(Embedder, "__call__", embed)
+    features = FewShotClassifier(toys.vit(), batch_size=8).features(images(count))
+    assert len(features) == count
+    assert set(asked) == {full}

@@ -40,7 +40,7 @@ _BROKEN = (
     zlib.error,
     struct.error,
     EOFError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile's, of a compression or encryption that it does not know
     UnicodeDecodeError,
 )
 
