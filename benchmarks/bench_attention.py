@@ -118,24 +118,19 @@ def backward_cuts(tokens: int, queries: int) -> list[tuple[str, Cut]]:
             ("columns", Cut(64, 64, 8, 1, 1)),
             ("rows", Cut(64, 64, 8, 1, 1)),
         ]  # fmt: skip  (64 x 32 at 4 warps: wrong sums from Triton 3.6)
-    small = [
-        ("tiles", Cut(64, 64, 4, 1, 1)), ("tiles", Cut(64, 32, 4, 2, 1)),
-        ("both", Cut(64, 64, 4, 2, 1)),
-    ]  # fmt: skip
     if tokens <= 128:
         return [
-            *small, ("rows", Cut(128, 32, 8, 1, 1)), ("rows", Cut(128, 32, 4, 1, 1)),
-            ("rows", Cut(128, 64, 8, 1, 1)), ("rows", Cut(128, 32, 8, 1, 0)),
-            ("rows", Cut(128, 32, 8, 2, 1)), ("columns", Cut(128, 32, 8, 1, 1)),
-            ("columns", Cut(128, 64, 8, 1, 1)),
+            ("both", Cut(64, 64, 4, 2, 1)), ("rows", Cut(128, 32, 4, 1, 0)),
+            ("rows", Cut(128, 32, 8, 1, 0)), ("rows", Cut(128, 32, 8, 1, 1)),
+            ("rows", Cut(128, 32, 8, 2, 0)), ("rows", Cut(128, 32, 4, 2, 0)),
+            ("columns", Cut(128, 32, 8, 3, 1)), ("columns", Cut(128, 64, 8, 1, 1)),
         ]  # fmt: skip
     return [
         ("both", Cut(64, 64, 4, 2, 1)), ("tiles", Cut(128, 32, 8, 2, 1, 128)),
-        ("rows", Cut(256, 32, 8, 2, 1)), ("rows", Cut(256, 32, 8, 1, 1)),
-        ("columns", Cut(256, 32, 8, 2, 1)), ("columns", Cut(256, 32, 8, 1, 1)),
-        ("columns", Cut(256, 32, 8, 3, 1)), ("columns", Cut(256, 32, 8, 2, 0)),
-        ("columns", Cut(256, 64, 8, 1, 1)), ("columns", Cut(256, 64, 16, 1, 1)),
-        ("columns", Cut(256, 16, 8, 2, 1)), ("columns", Cut(256, 16, 8, 3, 1)),
+        ("rows", Cut(256, 32, 8, 2, 1)), ("rows", Cut(256, 32, 8, 3, 1)),
+        ("columns", Cut(256, 32, 8, 2, 1)), ("columns", Cut(256, 32, 8, 3, 1)),
+        ("columns", Cut(256, 32, 8, 4, 1)), ("columns", Cut(256, 32, 8, 5, 1)),
+        ("columns", Cut(256, 32, 16, 3, 1)), ("columns", Cut(256, 16, 8, 4, 1)),
     ]  # fmt: skip
 
 

@@ -81,12 +81,7 @@ def product(rows: int, k: int, n: int) -> Sized:
     operands = (weight.w8, weight.w_scale)
     variants = {
         "bf16": lambda i: lambda: torch.nn.functional.linear(xs[i], half, half_bias),
-        "fp8 product, fast": lambda i: within(
-            lambda: kernels._product(*ready[i], *operands, bias), FAST=True
-        ),
-        "fp8 product, exact sums": lambda i: within(
-            lambda: kernels._product(*ready[i], *operands, bias), FAST=False
-        ),
+        "fp8 product": lambda i: lambda: kernels._product(*ready[i], *operands, bias),
         "scaling the rows": lambda i: lambda: kernels._launch(xs[i]),
         "fp8 with scaling": lambda i: lambda: kernels.fp8_linear(xs[i], weight, bias),
     }
@@ -140,8 +135,6 @@ def mlp(rows: int, width: int, inner: int, backward: bool) -> Sized:
         "bf16": lambda i: lambda: call(lambda x, b: plain(x, b, halves), i),
         "fp8": lambda i: lambda: call(fp8, i),
     }
-    if on_gpu():
-        variants["fp8, exact sums"] = lambda i: within(lambda: call(fp8, i), FAST=False)
     errors: dict[str, float] = {}
 
     def check():

@@ -11,6 +11,7 @@ speed. The floor of a row is what its products take at the rates measured in the
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,6 +136,7 @@ def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
     torch.manual_seed(0)
     before = 0
     if on_gpu():
+        gc.collect()  # an earlier step's memory would be freed meanwhile, and hide this one's
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -42,6 +42,8 @@ def adam_state(optimiser: torch.optim.Adam, parameter: Tensor) -> dict[str, Tens
         state["step"] = torch.zeros((), device=parameter.device)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    # PyTorch brings a saved step back on the CPU, unless the optimiser is fused or capturable
+    state["step"] = state["step"].to(parameter.device)
     return state
 
 

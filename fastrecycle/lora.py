@@ -267,8 +267,9 @@ class LoRA:
         return replace(self, a=move(self.a), b=move(self.b), scale=move(self.scale), head=head)
 
     def clone(self) -> LoRA:
-        """A detached copy that shares no memory."""
-        copy = lambda d: {t: x.detach().clone() for t, x in d.items()}  # noqa: E731
+        """A detached, contiguous copy that shares no memory: what fused optimisers take."""
+        dense = torch.contiguous_format
+        copy = lambda d: {t: x.detach().clone(memory_format=dense) for t, x in d.items()}  # noqa: E731
         head = self.head
         if head is not None:
             bias = None if head.bias is None else head.bias.detach().clone()

@@ -122,7 +122,7 @@ def dequantise(x8: Tensor, scale: Tensor) -> Tensor:
 def fp8_weight(weight: Tensor) -> Fp8Weight:
     """Of a weight (N, K)."""
     w8, w_scale = quantise_rows(weight.detach())
-    wt8, wt_scale = quantise_rows(weight.detach().T)
+    wt8, wt_scale = quantise_rows(weight.detach().T.contiguous())
     return Fp8Weight(w8, w_scale.mT.contiguous(), wt8, wt_scale.mT.contiguous())
 
 

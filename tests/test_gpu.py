@@ -249,7 +249,11 @@ def test_recorded_inversion_matches_reference(backend, changes):
     config = replace(INVERSION, iterations=20, **changes)
     eager = curve(group(DEVICE, config=config))
     fast = curve(group(DEVICE, config=config, backend=backend))
-    torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
+    # Adam's first steps are rate / |gradient| long, so rounding of gradients near 0 grows from
+    # step to step: as much as eager float32 is off float64 is allowed twice
+    exact = curve(group(DEVICE, config=config, dtype=torch.float64))
+    off = float((eager - exact).abs().max())
+    torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4 + 2 * off)
 
 
 @FAST
@@ -363,7 +367,7 @@ def test_defaults_on_cuda_run_to_the_end(tmp_path):
         inversion=replace(INVERSION, images_per_class=5),
         meta=replace(META, sparsity=0.5, sparsity_per="image"),
     )  # fmt: skip
-    assert (rec.device.type, rec.backend, rec.precision) == ("cuda", "compile", "bf16")
+    assert (rec.device.type, rec.backend, rec.precision) == ("cuda", "triton", "bf16")
     lora = rec.run(tmp_path)
     assert all(x.isfinite().all() for x in lora.tensors())
     assert any(x.any() for x in lora.b.values())

@@ -789,6 +789,7 @@ def test_start_from_a_lora_is_its_change_at_the_rank_asked_for(alpha):
         torch.testing.assert_close(
             t.meta_lora().delta(target), near.delta(target), rtol=1e-4, atol=1e-6
         )
+    assert all(x.is_contiguous() for x in t.parameters)  # a fused optimiser takes no others
     before = t.meta_lora()
     t.step()
     assert not torch.equal(t.meta_lora().a["q"], before.a["q"])

@@ -149,7 +149,7 @@ def test_lora_qkv_of_equal_shares_in_float16_is_as_exact_as_eager():
 )
 @pytest.mark.parametrize("g", [1, 3])
 def test_gradient_of_factors_is_the_same_however_it_is_cut(sweep, g, monkeypatch):
-    monkeypatch.setattr(kernels, "SWEEP_FEW_ROWS", kernels.Sweep(*sweep))
+    monkeypatch.setattr(kernels, "SWEEP", kernels.Sweep(*sweep))
     monkeypatch.setattr(kernels, "SUM_PARTS", 4)
     case = inputs(3, 37, 64, {"q": 4, "k": 1, "v": 4}, g, dtype=torch.float16)
     assert_as_exact_as_eager("merge", case)
@@ -409,7 +409,7 @@ def launches(arch):
             kernels._lora_qkv_factor_grad(dy, x, low, low, *factors)
             if g == 1:
                 kernels._lora_qkv_fused_factor_grad(dy, x, *factors[:3], [0, 2])
-    for images, tokens in ((2, 5), (100, 197)):  # both ways to cut the sweep, ranks of one tile
+    for images, tokens in ((2, 5), (100, 197)):
         for ranks in ({"q": 4, "v": 4}, {"q": 8, "k": 8, "v": 16}):
             x, weight, _, lora = inputs(images, tokens, 768, ranks, 2, dtype=torch.bfloat16)
             f = kernels._factors(
@@ -435,7 +435,7 @@ def test_lora_qkv_builds_for_every_gpu(arch):
         assert not any(x.stack_bytes for x in products if x.warpgroup_products)
         assert all(x.bulk_copies for x in products)
     sweeps = [x for x in found if x.kernel == "_sweep"]
-    assert len(sweeps) == 5 + (arch == 90)
+    assert len(sweeps) == 3 + (arch == 90)
     if arch == 90:
         fast = [x for x in sweeps if x.warpgroup_products]
         assert len(fast) == len(sweeps) - 1  # all but float32's
@@ -475,8 +475,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("images_tokens", [(1, 5), (25, 197), (100, 197)])
     @pytest.mark.parametrize("sweep", [(128, 64, 8, 4), (64, 128, 4, 4), (64, 128, 8, 3, True)])
     def test_bf16_gradient_of_factors_by_any_sweep(self, images_tokens, sweep, monkeypatch):
-        for name in ("SWEEP", "SWEEP_FEW_ROWS"):
-            monkeypatch.setattr(kernels, name, kernels.Sweep(*sweep))
+        monkeypatch.setattr(kernels, "SWEEP", kernels.Sweep(*sweep))
         case = inputs(*images_tokens, 768, {"q": 4, "k": 2, "v": 4}, dtype=torch.bfloat16)
         assert_as_exact_as_eager("merge", case)
 
