@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fastrecycle.ops import LowRank
+from fastrecycle.ops import GatedLowRank, LowRank
 
 if TYPE_CHECKING:
     from fastrecycle.vit import ViTConfig
@@ -105,7 +105,7 @@ class LoRAStack:
         if got != depth:
             raise ValueError(f"lora: {_depth_message(got, depth)}")
 
-    def blocks(self) -> list[dict[str, LowRank]]:
+    def blocks(self) -> list[dict[str, LowRank | GatedLowRank]]:
         """The factors of each block: target -> (a (G, R, d_in), b (G, d_out, R), scale (G,)).
 
         All at once, since the gradient of one block taken alone is as large as that of all.

@@ -11,6 +11,7 @@ run's manifest; an operation itself never falls back to another implementation.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -18,18 +19,18 @@ from typing import Any, Literal
 
 import torch
 from fastrecycle_kernels import host, reference
-from fastrecycle_kernels.reference import Fp8Weight, LowRank
+from fastrecycle_kernels.reference import Fp8Weight, GatedLowRank, LowRank
 from torch import Tensor
 
 from fastrecycle import pruning
 
 __all__ = [
-    "Backend", "Fp8Weight", "Impl", "LowRank", "Resolved", "activation", "attention", "augment",
-    "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry", "check_precision",
-    "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels", "kernels_suit",
-    "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp", "residual_norm",
-    "resolve_backend", "stem_conv", "stem_conv_fits", "token_gather", "top_patches",
-    "varlen_attention", "weight_dtype",
+    "Backend", "Fp8Weight", "GatedLowRank", "Impl", "LowRank", "Resolved", "activation",
+    "attention", "augment", "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry",
+    "check_precision", "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels",
+    "kernels_suit", "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp",
+    "residual_norm", "resolve_backend", "stem_conv", "stem_conv_fits", "token_gather",
+    "top_patches", "varlen_attention", "weight_dtype",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _check_low_rank(name: str, x: Tensor, lora: LowRank, d_out: int, index: Tensor | None) -> None:
-    a, b, scale = lora
+def _check_low_rank(
+    name: str, x: Tensor, lora: LowRank | GatedLowRank, d_out: int, index: Tensor | None
+) -> None:
+    a, b, scale = lora[:3]
+    sharing = len(lora.weight) if isinstance(lora, GatedLowRank) else len(a)
     if a.ndim != 3 or a.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"{name}: a must have shape (G, R, {x.shape[-1]}), got {tuple(a.shape)}; this LoRA was"
@@ -143,10 +147,18 @@ def _check_low_rank(name: str, x: Tensor, lora: LowRank, d_out: int, index: Tens
         )
     if scale.shape != a.shape[:1]:
         raise ValueError(f"{name}: scale must have shape {(a.shape[0],)}, got {tuple(scale.shape)}")
-    if index is None and x.shape[0] % a.shape[0]:
+    if isinstance(lora, GatedLowRank) and (
+        lora.weight.shape != (sharing, len(a), x.shape[-1]) or lora.bias.shape != (sharing, len(a))
+    ):
         raise ValueError(
-            f"{name}: {x.shape[0]} images cannot be shared equally by {a.shape[0]} LoRAs; pass"
-            " lora_index, the LoRA of each image"
+            f"{name}: gates of {len(a)} LoRAs must have weights (E, {len(a)}, {x.shape[-1]}) and"
+            f" biases (E, {len(a)}), got {tuple(lora.weight.shape)} and {tuple(lora.bias.shape)}"
+        )
+    if index is None and x.shape[0] % sharing:
+        raise ValueError(
+            f"{name}: {x.shape[0]} images cannot be shared equally by {sharing}"
+            f" {'gates' if isinstance(lora, GatedLowRank) else 'LoRAs'}; pass lora_index, the LoRA"
+            " of each image"
         )
     if index is not None and index.shape != x.shape[:1]:
         raise ValueError(
@@ -158,7 +170,7 @@ def lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    lora: LowRank | None = None,
+    lora: LowRank | GatedLowRank | None = None,
     *,
     lora_index: Tensor | None = None,
     fp8: Fp8Weight | None = None,
@@ -169,8 +181,9 @@ def lora_linear(
     Args:
         x: (B, N, D_in).
         weight: (D_out, D_in), frozen or not; bias (D_out,) or None.
-        lora: a (G, R, D_in), b (G, D_out, R), scale (G,); None for the plain product.
-        lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
+        lora: a (G, R, D_in), b (G, D_out, R), scale (G,); None for the plain product. Or a
+            `GatedLowRank`: y = x W^T + bias + sum_g gate_g(x) scale_g (x a_g^T) b_g^T.
+        lora_index: (B,) int64, the LoRA (or gate) of each image; None: each has an equal share of
             consecutive images.
         fp8: the weight, frozen, in float8, which a product without a LoRA takes: bf16 out.
         impl: which code computes a product in float8; all others are the library's.
@@ -260,7 +273,7 @@ def lora_qkv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    lora: dict[str, LowRank] | None = None,
+    lora: Mapping[str, LowRank | GatedLowRank] | None = None,
     *,
     lora_index: Tensor | None = None,
     fp8: Fp8Weight | None = None,
@@ -272,11 +285,12 @@ def lora_qkv(
         x: (B, N, D).
         weight: (3 D, D), rows in the order q, k, v; bias (3 D,) or None.
         lora: {"q" | "k" | "v": (a (G, R, D), b (G, D, R), scale (G,))}; ranks below R are
-            zero-padded.
-        lora_index: (B,) int64, the LoRA of each image; None: each of the G has an equal share of
+            zero-padded. Or a `GatedLowRank` each, see `lora_linear`.
+        lora_index: (B,) int64, the LoRA (or gate) of each image; None: each has an equal share of
             consecutive images.
         fp8: see `lora_linear`.
-        impl: "triton" wants frozen weight, bias and scale, D a multiple of 16, R at most 64.
+        impl: "triton" wants frozen weight, bias and scale, D a multiple of 16, R at most 64, and
+            no gate.
 
     Returns:
         (B, N, 3, D).
@@ -298,9 +312,12 @@ def lora_qkv(
     if fp8 is not None and not lora:
         return _fp8_linear(x, fp8, bias, impl).unflatten(-1, (3, -1))
     if impl == "triton":
+        plain = {t: f for t, f in lora.items() if not isinstance(f, GatedLowRank)}
+        if len(plain) < len(lora):
+            raise ValueError('lora_qkv: gated LoRAs have no kernel; impl must be "reference"')
         from fastrecycle_kernels.lora_qkv import lora_qkv as kernel
 
-        return kernel(x, weight, bias, lora, lora_index)
+        return kernel(x, weight, bias, plain, lora_index)
     return reference.lora_qkv(x, weight, bias, lora, lora_index)
 
 

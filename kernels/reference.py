@@ -6,7 +6,7 @@ C channels. Everything that sums is computed in float32 at least; outputs have t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -15,6 +15,19 @@ from torch import Tensor
 
 LowRank = tuple[Tensor, Tensor, Tensor]
 """a (G, R, D_in), b (G, D_out, R), scale (G,): y += scale (x a^T) b^T."""
+
+
+class GatedLowRank(NamedTuple):
+    """Outputs of G LoRAs, weighed by E gates: y += sum_g gate_g(x) scale_g (x a_g^T) b_g^T.
+
+    gate(x) = softmax(x weight^T + bias), of each token by itself.
+    """
+
+    a: Tensor  # (G, R, D_in)
+    b: Tensor  # (G, D_out, R)
+    scale: Tensor  # (G,)
+    weight: Tensor  # (E, G, D_in)
+    bias: Tensor  # (E, G)
 
 
 class Fp8Weight(NamedTuple):
@@ -36,11 +49,29 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
+def gated_low_rank(x: Tensor, lora: GatedLowRank, index: Tensor | None) -> Tensor:
+    """Sum_g gate_g(x) scale_g (x a_g^T) b_g^T, each image under its own gate; see `low_rank`.
+
+    One product of rank G R: the gate of a LoRA is a factor of its R columns.
+    """
+    a, b, scale, weight, bias = lora
+    if index is None:
+        shares = x.unflatten(0, (len(weight), x.shape[0] // len(weight))).flatten(1, 2)
+        scores = (shares @ weight.mT + bias[:, None]).view(*x.shape[:-1], -1)  # (B, N, G)
+    else:
+        scores = x @ weight[index].mT + bias[index][:, None]
+    gate = (scores.to(wide(x)).softmax(-1) * scale)[..., None]
+    down = (x @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2])  # (B, N, G, R)
+    return (down * gate.to(down.dtype)).flatten(-2) @ b.mT.flatten(0, 1)
+
+
+def low_rank(x: Tensor, lora: LowRank | GatedLowRank, index: Tensor | None) -> Tensor:
     """Scale (x a^T) b^T, each image under its own LoRA. x (B, N, D_in) -> (B, N, D_out).
 
     Without an index each LoRA has an equal share of consecutive images, the first LoRA the first.
     """
+    if isinstance(lora, GatedLowRank):
+        return gated_low_rank(x, lora, index)
     a, b, scale = lora
     if index is None and len(a) == 1:
         a, b, scale = a[0], b[0], scale[0]
@@ -54,7 +85,11 @@ def low_rank(x: Tensor, lora: LowRank, index: Tensor | None) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None, index: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LowRank | GatedLowRank | None,
+    index: Tensor | None,
 ) -> Tensor:
     """X W^T + bias + scale (x a^T) b^T."""
     y = torch.nn.functional.linear(x, weight, bias)
@@ -65,7 +100,7 @@ def lora_qkv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora: dict[str, LowRank],
+    lora: Mapping[str, LowRank | GatedLowRank],
     index: Tensor | None,
 ) -> Tensor:
     """The fused QKV projection with a LoRA on any of q, k, v. (B, N, D) -> (B, N, 3, D)."""

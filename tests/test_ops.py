@@ -81,6 +81,42 @@ def test_loras_without_an_index_have_equal_consecutive_shares(g):
     torch.testing.assert_close(y, want, **F64)
 
 
+def gated(e, g, rank, d_in, d_out, seed):
+    """The outputs of g LoRAs under e gates."""
+    weight, bias = randn(e, g, d_in, seed=seed + 2), randn(e, g, seed=seed + 3)
+    return ops.GatedLowRank(*low_rank(g, rank, d_in, d_out, seed), weight, bias)
+
+
+@pytest.mark.parametrize("index", [None, [1, 0, 0, 1, 1, 0]])
+def test_gated_loras_weigh_the_outputs_of_each(index):
+    """Token by token, LoRA by LoRA; the factors of all are two products of rank G R."""
+    x, weight, bias = randn(6, 4, 5, seed=1), randn(15, 5, seed=2), randn(15, seed=3)
+    lora = {"q": gated(2, 3, 2, 5, 5, 10), "v": gated(2, 3, 1, 5, 5, 20)}
+    gate_of = torch.tensor([0, 0, 0, 1, 1, 1] if index is None else index)
+    given = None if index is None else gate_of
+    y = ops.lora_qkv(x, weight, bias, lora, lora_index=given)
+    plain = ops.lora_qkv(x, weight, bias)
+    torch.testing.assert_close(y[:, :, 1], plain[:, :, 1], **F64)
+    for place, target in ((0, "q"), (2, "v")):
+        a, b, scale, gates, offset = lora[target]
+        for i, tokens in enumerate(x):
+            for n, token in enumerate(tokens):
+                shares = (gates[gate_of[i]] @ token + offset[gate_of[i]]).softmax(0)
+                extra = sum(shares[g] * scale[g] * (b[g] @ (a[g] @ token)) for g in range(3))
+                torch.testing.assert_close(y[i, n, place] - plain[i, n, place], extra, **F64)
+    alone = ops.lora_linear(x, weight[:5], bias[:5], lora["q"], lora_index=given)
+    torch.testing.assert_close(alone, y[:, :, 0], **F64)
+
+
+def test_gated_loras_gradient():
+    x, weight, factors = randn(2, 3, 4, seed=1), randn(12, 4, seed=2), gated(2, 2, 2, 4, 4, 5)
+
+    def run(x, *leaves):
+        return ops.lora_qkv(x, weight, None, {"k": ops.GatedLowRank(*leaves)})
+
+    assert torch.autograd.gradcheck(run, [leaf.requires_grad_() for leaf in (x, *factors)])
+
+
 def test_lora_padding_rows_get_no_gradient():
     """What keeps a LoRA of rank 1 at rank 1 beside one of rank 3."""
     a, b, scale = low_rank(1, 3, 6, 6, 4)
@@ -125,6 +161,12 @@ def test_rejects_lora_shapes():
             x=randn(3, 4, 6), index=None)  # fmt: skip
     refused(r"lora_index must have shape \(2,\), got \(3,\)", {"q": (a, b, scale)},
             index=torch.tensor([0, 1, 1]))  # fmt: skip
+    gates = gated(3, 2, 3, 6, 6, 0)
+    refused("2 images cannot be shared equally by 3 gates", {"q": gates}, index=None)
+    refused(r"gates of 2 LoRAs must have weights \(E, 2, 6\)",
+            {"q": gates._replace(weight=gates.weight[..., :5])})  # fmt: skip
+    with pytest.raises(ValueError, match="gated LoRAs have no kernel"):
+        ops.lora_qkv(x, weight, None, {"q": gates}, lora_index=index, impl="triton")
 
 
 # ------------------------------------------------------------------ attention
