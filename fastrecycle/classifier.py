@@ -146,6 +146,38 @@ class Embedder:
         return self.graphs(images)[: len(images) - missing].clone()
 
 
+def as_batch(vit: ViT, images: Any) -> Tensor:
+    """Images that a caller hands in, checked: (n, 3, S, S), normalised, where they lie.
+
+    Args:
+        vit: decides size, normalisation and dtype.
+        images: a list of PIL images, or (n, 3, S, S) from `vit.transform`.
+
+    Raises:
+        TypeError, ValueError: not images, or NaN or infinity in them.
+
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, Sequence) and len(images) and isinstance(images[0], Image.Image):
+        images = vit.transform(list(images))
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "images: expected PIL images or a normalised (B, 3, S, S) tensor from"
+            f" vit.transform, got {type(images).__name__}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: expected normalised floats, got {images.dtype}; vit.transform(PIL images)"
+            " makes them"
+        )
+    if not torch.isfinite(images).all():
+        raise ValueError("images: hold NaN or infinity")
+    return images.to(vit.pos_embed.dtype)  # NumPy's own is float64
+
+
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """Classify images by the nearest class mean of a frozen ViT's features under a meta-LoRA.
 
@@ -207,25 +239,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             TypeError, ValueError: not images, or NaN or infinity in them.
 
         """
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, Sequence) and len(images) and isinstance(images[0], Image.Image):
-            images = self.vit.transform(list(images))
-        if isinstance(images, np.ndarray):
-            images = torch.from_numpy(images)
-        if not isinstance(images, Tensor):
-            raise TypeError(
-                "images: expected PIL images or a normalised (B, 3, S, S) tensor from"
-                f" vit.transform, got {type(images).__name__}"
-            )
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images: expected normalised floats, got {images.dtype}; vit.transform(PIL images)"
-                " makes them"
-            )
-        if not torch.isfinite(images).all():
-            raise ValueError("images: hold NaN or infinity")
-        images = images.to(self.vit.pos_embed.dtype)  # NumPy's own is float64
+        images = as_batch(self.vit, images)
         embed = self._embed()
         # a few images alone are not filled up to a whole batch, only to the next power of two
         full = min(self.batch_size, 1 << max(len(images) - 1, 0).bit_length())
