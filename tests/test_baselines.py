@@ -1,6 +1,7 @@
 """Baselines against scikit-learn on the same features, and many tasks against one at a time."""
 
 import pickle
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from fastrecycle.baselines import (
     BASELINES,
     GRID,
+    FrozenFeatures,
     LinearProbe,
     NearestCentre,
     choose,
@@ -26,6 +28,7 @@ from fastrecycle.baselines import (
     score,
 )
 from fastrecycle.classifier import FewShotClassifier
+from fastrecycle.data import episodes
 from fastrecycle.eval import Result, decode, evaluate, evaluate_shots
 from fastrecycle.lora import LoRA
 
@@ -81,6 +84,44 @@ def test_nearest_centre_is_that_of_scikit_learn():
     assert (clf.predict_features(q) == expected).all()
     assert set(expected) == {0, 1, 2}
     assert clf.rule_[0][0].numpy() == pytest.approx(NearestCentroid().fit(x, y).centroids_)
+
+
+@pytest.mark.parametrize(("distance", "kind"), [("euclidean", "prototypes"), ("cosine", "simple")])
+def test_nearest_centre_is_that_of_easyfsl(distance, kind):
+    methods = pytest.importorskip("easyfsl.methods")
+    other = {"prototypes": methods.PrototypicalNetworks, "simple": methods.SimpleShot}[kind]()
+    (x, y), (q, _) = clusters(1.0), clusters(1.0, 200, seed=1)
+    other.process_support_set(torch.from_numpy(x), torch.from_numpy(y))
+    expected = other(torch.from_numpy(q)) * (10 if distance == "cosine" else 1)
+    got = NearestCentre(toys.vit(), distance=distance).fit_features(x, y).logits(q)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_episodes_have_the_statistics_of_easyfsl(monkeypatch):
+    """Classes and images of both are drawn as often as chance has it: within 5 sigma each."""
+    samplers = pytest.importorskip("easyfsl.samplers")
+    labels, shape = np.repeat(np.arange(10), 20), {"ways": 4, "shots": 2, "queries": 3}
+    ours = episodes(labels, **shape, tasks=1500, seed=0)
+    drawn = [np.concatenate((s, q)) for s, q in zip(ours.support, ours.query, strict=True)]
+
+    class Labelled:
+        def get_labels(self):
+            return labels.tolist()
+
+    # easyfsl 1.5 hands on an argument that torch's Sampler took until 2.5
+    monkeypatch.setattr(torch.utils.data.Sampler, "__init__", lambda self, data_source: None)
+    random.seed(0)
+    torch.manual_seed(0)
+    theirs = samplers.TaskSampler(Labelled(), n_way=4, n_shot=2, n_query=3, n_tasks=1500)
+    for tasks in (drawn, [np.array(rows) for rows in theirs]):
+        assert all(len(np.unique(rows)) == 20 for rows in tasks)
+        assert all((np.unique(labels[rows], return_counts=True)[1] == 5).all() for rows in tasks)
+        for what, p in ((np.concatenate(tasks), 4 / 10 * 5 / 20), (None, 4 / 10)):
+            if what is None:
+                what = np.concatenate([np.unique(labels[rows]) for rows in tasks])
+            counts = np.bincount(what) - 1500 * p
+            assert abs(counts).max() < 5 * np.sqrt(1500 * p * (1 - p))
+            assert counts.any()
 
 
 def test_nearest_centre_of_images_is_the_few_shot_classifier():
@@ -190,7 +231,10 @@ def test_labels_that_say_nothing_give_chance_within_the_interval(method, options
     assert abs(result.accuracy - 20) < result.ci95 < 0.6
 
 
-@pytest.mark.parametrize("name", BASELINES)
+FROZEN = [name for name, row in BASELINES.items() if issubclass(row.method, FrozenFeatures)]
+
+
+@pytest.mark.parametrize("name", FROZEN)
 def test_shuffled_labels_give_chance(name):
     pixels, labels = pictures(classes=4, per_class=60)
     method = make_baseline(name, toys.vit(), toys.bank())
@@ -405,7 +449,7 @@ def test_rejects_settings_out_of_range(options, message):
 def test_rejects_an_unknown_distance_name_or_a_missing_bank():
     with pytest.raises(ValueError, match="distance: expected"):
         NearestCentre(toys.vit(), distance="manhattan").fit(images(), LABELS)
-    with pytest.raises(ValueError, match="baseline: expected one of Linear-probe"):
+    with pytest.raises(ValueError, match="baseline: expected one of Full Finetuning"):
         make_baseline("linear", toys.vit())
     with pytest.raises(ValueError, match=r"LoRAs Avg \+ NN: needs a bank"):
         make_baseline("LoRAs Avg + NN", toys.vit())

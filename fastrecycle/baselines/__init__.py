@@ -1,16 +1,24 @@
 """The methods that LoRA Recycle is compared with, under one protocol (Sec. 5, App. D)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastrecycle.baselines.base import Baseline, Cost, FrozenFeatures
+from fastrecycle.baselines.full_finetuning import FullFineTuning
 from fastrecycle.baselines.linear import LinearProbe
+from fastrecycle.baselines.lora_linear import LoRALinear
+from fastrecycle.baselines.lorahub import LoRAHub
+from fastrecycle.baselines.mole import MOLE
 from fastrecycle.baselines.nearest import NearestCentre
+from fastrecycle.baselines.network import AdaptedNetwork
 from fastrecycle.baselines.protocol import (
     GRID,
     Choice,
+    Method,
     TaskFeatures,
+    TaskPixels,
     choose,
+    decode_tasks,
     embed_tasks,
     evaluate_baseline,
     score,
@@ -21,14 +29,21 @@ from fastrecycle.vit import ViT
 __all__ = [
     "BASELINES",
     "GRID",
+    "MOLE",
+    "AdaptedNetwork",
     "Baseline",
     "Choice",
     "Cost",
     "FrozenFeatures",
+    "FullFineTuning",
     "LinearProbe",
+    "LoRAHub",
+    "LoRALinear",
     "NearestCentre",
     "TaskFeatures",
+    "TaskPixels",
     "choose",
+    "decode_tasks",
     "embed_tasks",
     "evaluate_baseline",
     "make_baseline",
@@ -39,14 +54,19 @@ __all__ = [
 class Row(NamedTuple):
     """A method of the paper's tables."""
 
-    method: type[FrozenFeatures]
+    method: type[Method]
     takes_bank: bool
-    tunes: bool  # fine-tuning-based ("FT"): has settings to choose
+    tunes: bool  # fine-tuning-based ("FT")
+    grid: Mapping[str, Sequence[Any]] = {}  # settings for `choose`; empty: none to choose
 
 
 BASELINES = {
-    "Linear-probe": Row(LinearProbe, takes_bank=False, tunes=True),
-    "LoRAs Avg + Linear": Row(LinearProbe, takes_bank=True, tunes=True),
+    "Full Finetuning": Row(FullFineTuning, takes_bank=False, tunes=True, grid=GRID),
+    "Linear-probe": Row(LinearProbe, takes_bank=False, tunes=True, grid=GRID),
+    "LoRA + Linear": Row(LoRALinear, takes_bank=False, tunes=True, grid=GRID),
+    "LoRAs Avg + Linear": Row(LinearProbe, takes_bank=True, tunes=True, grid=GRID),
+    "MOLE": Row(MOLE, takes_bank=True, tunes=True, grid=GRID),
+    "LoRAHub": Row(LoRAHub, takes_bank=True, tunes=True),  # its settings are its authors'
     "NN": Row(NearestCentre, takes_bank=False, tunes=False),
     "LoRAs Avg + NN": Row(NearestCentre, takes_bank=True, tunes=False),
 }
@@ -54,7 +74,7 @@ BASELINES = {
 
 def make_baseline(
     name: str, vit: ViT, bank: Sequence[LoRA] | None = None, **parameters: Any
-) -> FrozenFeatures:
+) -> Method:
     """A method by its name in the paper's tables.
 
     Args:
@@ -70,8 +90,9 @@ def make_baseline(
     if name not in BASELINES:
         raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}; got {name!r}")
     row = BASELINES[name]
-    if not row.takes_bank:
-        return row.method(vit, **parameters)
-    if bank is None:
-        raise ValueError(f"{name}: needs a bank of LoRAs")
-    return row.method(vit, bank=bank, **parameters)
+    if row.takes_bank:
+        if bank is None:
+            raise ValueError(f"{name}: needs a bank of LoRAs")
+        parameters["bank"] = bank
+    method: Callable[..., Method] = row.method
+    return method(vit, **parameters)

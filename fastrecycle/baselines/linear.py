@@ -19,6 +19,21 @@ from fastrecycle.vit import ViT
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
+def check_descent(optimizer: str, lr: float, steps: int) -> None:
+    """Raise unless these are settings of gradient descent.
+
+    Raises:
+        ValueError: one is not.
+
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f'optimizer: expected "sgd" or "adam", got {optimizer!r}')
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr: must be positive and finite, got {lr}")
+    if steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
+
+
 class LinearProbe(FrozenFeatures):
     """Softmax regression on frozen features: "Linear-probe", and with a bank "LoRAs Avg + Linear".
 
@@ -57,12 +72,7 @@ class LinearProbe(FrozenFeatures):
 
     def check(self) -> None:
         """See `FrozenFeatures.check`."""
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f'optimizer: expected "sgd" or "adam", got {self.optimizer!r}')
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr: must be positive and finite, got {self.lr}")
-        if self.steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {self.steps}")
+        check_descent(self.optimizer, self.lr, self.steps)
 
     def parameters(self, ways: int, features: int) -> int:
         """Weights and biases of the head."""
