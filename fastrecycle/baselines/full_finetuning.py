@@ -5,7 +5,6 @@ E tasks, n images, S side, F features.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal
 
 from torch import Tensor
@@ -61,7 +60,7 @@ class FullFineTuning(TunedNetwork):
         def one(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
             return functional_call(self.vit, (weights, buffers), (pixels,))
 
-        # vmap has no rule for the CPU's flash attention, and would loop over the tasks
-        plain = nullcontext() if images.is_cuda else sdpa_kernel(SDPBackend.MATH)
-        with plain, autocast(images.device, self.precision):
+        # Under vmap a tensor does not say that it needs a gradient, so fused attention on CUDA
+        # would not keep what its backward reads; that of the CPU has no rule for vmap at all.
+        with sdpa_kernel(SDPBackend.MATH), autocast(images.device, self.precision):
             return vmap(one)(network, images)

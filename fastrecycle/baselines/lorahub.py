@@ -131,8 +131,9 @@ class LoRAHub(OnBank, AdaptedNetwork):
                 # the search runs on the host, so each step waits for the device
                 search.tell(losses + self.l1 * weights.abs().mean(1))
             weights = search.best().to(images)
-            rule = self.rule.rule({}, features(weights)[0], way, ways)
-        return Adapted(mix(self._bank(), weights, self.of), {**rule, "weights": weights})
+            rule = self.rule.fitted({}, features(weights)[0], way, ways)
+            network = mix(self._bank(), weights, self.of)
+        return Adapted(network, {**rule, "weights": weights})
 
     def _features(self, network: dict[str, Tensor], images: Tensor) -> Tensor:
         return stacked_features(self.vit, unpacked(network), images, self.precision)

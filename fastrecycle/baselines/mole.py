@@ -30,6 +30,12 @@ class GatedStack(LoRAStack):
     weight: dict[str, Tensor]  # target -> (E, L, G, d_in)
     bias: dict[str, Tensor]  # target -> (E, L, G)
 
+    def to(self, *args, **kwargs) -> GatedStack:
+        """LoRAs and gates on another device or in another dtype."""
+        plain = super().to(*args, **kwargs)
+        gates = [{t: x.to(*args, **kwargs) for t, x in d.items()} for d in (self.weight, self.bias)]
+        return GatedStack(plain.a, plain.b, plain.scale, *gates)
+
     def blocks(self) -> list[dict[str, LowRank | GatedLowRank]]:
         """The factors and gates of each block."""
         gates = {t: (self.weight[t].unbind(1), self.bias[t].unbind(1)) for t in self.weight}

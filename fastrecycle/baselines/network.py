@@ -25,14 +25,14 @@ from fastrecycle.lora import LoRA, LoRABank, LoRAStack
 from fastrecycle.ops import check_precision
 from fastrecycle.vit import ViT
 
-CPU_TASKS = 8  # at once: more gain nothing there
+CPU_TASKS = 4  # at once: more gain nothing there
 SHARE_OF_MEMORY = 0.8  # of what is free on a GPU; the rest is for what PyTorch cannot reuse
 
 
 class Rule(ABC):
     """What classifies features once the network is adapted, and is trained along with it or not."""
 
-    reads_support: bool  # whether `rule` needs the support's features
+    reads_support: bool  # whether `fitted` needs the support's features
 
     @abstractmethod
     def start(
@@ -45,7 +45,7 @@ class Rule(ABC):
         """Numbers trained for one task."""
 
     @abstractmethod
-    def rule(
+    def fitted(
         self, trained: dict[str, Tensor], support: Tensor | None, way: Tensor, ways: int
     ) -> dict[str, Tensor]:
         """What `logits` needs, from support features (E, n, F) with ways (n,)."""
@@ -71,7 +71,7 @@ class LinearRule(Rule):
         """Weights and biases."""
         return ways * (features + 1)
 
-    def rule(
+    def fitted(
         self, trained: dict[str, Tensor], support: Tensor | None, way: Tensor, ways: int
     ) -> dict[str, Tensor]:
         """The head itself."""
@@ -99,7 +99,7 @@ class PrototypeRule(Rule):
         """None."""
         return 0
 
-    def rule(
+    def fitted(
         self, trained: dict[str, Tensor], support: Tensor | None, way: Tensor, ways: int
     ) -> dict[str, Tensor]:
         """The centres, (E, W, F)."""
@@ -206,7 +206,7 @@ class AdaptedNetwork(Baseline):
             data: decoded images, on any device.
             tasks: of indices into `data`, at least 2 ways and one query.
             batch: tasks at once. None: on CUDA as many as fit into free memory, found by adapting
-                to one task with a single step; elsewhere 8. Halved, with a warning, when CUDA runs
+                to one task with a single step; elsewhere 4. Halved, with a warning, when CUDA runs
                 out of memory.
             progress: called with (tasks done, tasks in all).
 

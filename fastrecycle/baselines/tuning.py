@@ -63,7 +63,7 @@ class TunedNetwork(AdaptedNetwork):
             support = self._features(network, images)
         features = support if views is None else self._features(network, views)
         assert features is not None
-        logits = self.rule.logits(self.rule.rule(head, support, way, ways), features)
+        logits = self.rule.logits(self.rule.fitted(head, support, way, ways), features)
         truth = way.repeat(len(images), features.shape[1] // len(way))
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), truth.flatten(), reduction="none"
@@ -93,4 +93,4 @@ class TunedNetwork(AdaptedNetwork):
         if self.rule.reads_support:
             with torch.no_grad():
                 support = self._features(network, images)
-        return Adapted(network, self.rule.rule(head, support, way, ways))
+        return Adapted(network, self.rule.fitted(head, support, way, ways))
