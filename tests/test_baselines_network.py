@@ -246,6 +246,17 @@ def test_fits_the_support_given_steps_enough(name):
     assert clf.predict_proba(images()).max(1).min() > 0.9
 
 
+def test_a_task_that_diverges_guesses_the_first_way_and_leaves_others_alone():
+    clf = FullFineTuning(toys.vit(), lr=0.1, steps=3)
+    stacked = torch.stack((images(), images()))
+    stacked[1] *= 1e30  # beyond what float32 can square
+    got = clf._logits(clf._adapt(stacked, WAY, 3), stacked)
+    alone = clf._logits(clf._adapt(stacked[:1], WAY, 3), stacked[:1])
+    torch.testing.assert_close(got[:1], alone, rtol=1e-4, atol=1e-5)
+    assert got[1].isnan().all()
+    assert not got[1].argmax(-1).any()
+
+
 def test_one_hot_gate_is_that_lora_and_an_even_one_the_average():
     vit, bank = toys.vit(), toys.bank(3)
     clf = MOLE(vit, bank)

@@ -30,7 +30,9 @@ class LoRAHub(OnBank, AdaptedNetwork):
     NN" in Table 10; so class centres of the support stand on top. Against the centres of all, a
     support image would measure its distance to itself; so the loss is the cross-entropy of each
     support image against the class centres *without it*. In a class of one image (1-shot), the
-    image's mirror image stands in for its centre, as the paper's augmentation is the flip.
+    image's mirror image stands in for its centre, as the paper's augmentation is the flip. Logits
+    of the loss are 10 times the cosine similarity, whatever `distance` classifies by: distances
+    between features as they come are so large that at 1-shot the loss is 0 before any step.
 
     At these settings NGOpt is COBYLA, which tries one LoRA after another first: with more LoRAs
     than steps the last ones keep a weight of 0. The authors draw 20 at random.
@@ -127,7 +129,7 @@ class LoRAHub(OnBank, AdaptedNetwork):
         with torch.no_grad(), searches(len(images), len(self.bank), self) as search:
             for _ in range(self.steps):
                 weights = search.ask().to(images)
-                losses = support_loss(*features(weights), way, ways, self.distance)
+                losses = support_loss(*features(weights), way, ways)
                 # the search runs on the host, so each step waits for the device
                 search.tell(losses + self.l1 * weights.abs().mean(1))
             weights = search.best().to(images)
@@ -170,9 +172,7 @@ def mix(bank: LoRAStack, weights: Tensor, of: Literal["factors", "products"]) ->
     return mixed
 
 
-def support_loss(
-    features: Tensor, mirrored: Tensor, way: Tensor, ways: int, distance: Distance
-) -> Tensor:
+def support_loss(features: Tensor, mirrored: Tensor, way: Tensor, ways: int) -> Tensor:
     """Mean cross-entropy of support images against the class centres without them, (E,).
 
     Args:
@@ -180,7 +180,6 @@ def support_loss(
         mirrored: (E, n, F), of the mirror images, in place of the centre of a class of one.
         way: (n,).
         ways: W.
-        distance: see `prototype_logits`.
 
     """
     wide = torch.promote_types(features.dtype, torch.float32)
@@ -192,7 +191,7 @@ def support_loss(
     own = torch.where(others > 0, (sums[:, way] - features) / others.clamp_min(1), mirrored)
     means = sums / counts[:, None]
     centres = torch.where(member[..., None], own[:, :, None], means[:, None])  # (E, n, W, F)
-    logits = prototype_logits(centres, features[:, :, None], distance)[:, :, 0]
+    logits = prototype_logits(centres, features[:, :, None], "cosine")[:, :, 0]
     truth = way.expand(len(features), -1)
     cross_entropy = torch.nn.functional.cross_entropy
     return cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(1)
