@@ -161,12 +161,12 @@ def mix(bank: LoRAStack, weights: Tensor, of: Literal["factors", "products"]) ->
             a = torch.einsum("eg,glri->elri", weights, a)
             b = torch.einsum("eg,glor->elor", weights, b)
         else:
-            wide = a.shape[0] * a.shape[2] > a.shape[3]
             b = weights[:, :, None, None, None] * b  # (E, G, L, d_out, R)
             b = b.permute(0, 2, 3, 1, 4).flatten(3)  # (E, L, d_out, G R)
             a = a.transpose(0, 1).flatten(1, 2)  # (L, G R, d_in)
-            if wide:  # then the product is smaller
-                b, a = b @ a, torch.eye(a.shape[2]).to(a).expand(len(a), -1, -1)
+            if a.shape[1] > a.shape[2]:  # then the product is smaller
+                b = b @ a
+                a = torch.eye(a.shape[2], dtype=a.dtype, device=a.device).expand(len(a), -1, -1)
             a = a.expand(len(b), *a.shape)
         mixed[f"a.{target}"], mixed[f"b.{target}"] = a, b
     return mixed
@@ -222,7 +222,7 @@ class Searches:
 
 @contextmanager
 def searches(tasks: int, loras: int, settings: LoRAHub) -> Iterator[Searches]:
-    """Searches whose threads have ended when the block is left, however it is left."""
+    """Searches whose threads are told to end when the block is left, however it is left."""
     try:
         import nevergrad
     except ImportError as error:
