@@ -1,9 +1,11 @@
 """The methods that LoRA Recycle is compared with, under one protocol (Sec. 5, App. D)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastrecycle.baselines.base import Baseline, Cost, FrozenFeatures
+from fastrecycle.baselines.caml import CAML, CAMLNetwork
+from fastrecycle.baselines.caml_training import CAMLConfig, pool_views, train_caml
 from fastrecycle.baselines.full_finetuning import FullFineTuning
 from fastrecycle.baselines.linear import LinearProbe
 from fastrecycle.baselines.lora_linear import LoRALinear
@@ -28,10 +30,13 @@ from fastrecycle.vit import ViT
 
 __all__ = [
     "BASELINES",
+    "CAML",
     "GRID",
     "MOLE",
     "AdaptedNetwork",
     "Baseline",
+    "CAMLConfig",
+    "CAMLNetwork",
     "Choice",
     "Cost",
     "FrozenFeatures",
@@ -47,7 +52,9 @@ __all__ = [
     "embed_tasks",
     "evaluate_baseline",
     "make_baseline",
+    "pool_views",
     "score",
+    "train_caml",
 ]
 
 
@@ -58,6 +65,7 @@ class Row(NamedTuple):
     takes_bank: bool
     tunes: bool  # fine-tuning-based ("FT")
     grid: Mapping[str, Sequence[Any]] = {}  # settings for `choose`; empty: none to choose
+    model: Literal["network", "backbone"] | None = None  # what the synthetic pool trains for it
 
 
 BASELINES = {
@@ -69,6 +77,7 @@ BASELINES = {
     "LoRAHub": Row(LoRAHub, takes_bank=True, tunes=True),  # its settings are its authors'
     "NN": Row(NearestCentre, takes_bank=False, tunes=False),
     "LoRAs Avg + NN": Row(NearestCentre, takes_bank=True, tunes=False),
+    "CAML": Row(CAML, takes_bank=False, tunes=False, model="network"),
 }
 
 
@@ -81,15 +90,18 @@ def make_baseline(
         name: a key of `BASELINES`.
         vit: the backbone.
         bank: of LoRAs; left out where the method takes none, so that one call serves every row.
-        parameters: of the method.
+        parameters: of the method. Of those that the synthetic pool trains also `model`: for "CAML"
+            see `train_caml`; for "P>M>F" the meta-trained backbone, which takes the place of `vit`.
 
     Raises:
-        ValueError: unknown name, or no bank where the method takes one.
+        ValueError: unknown name, or no bank or model where the method takes one.
 
     """
     if name not in BASELINES:
         raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}; got {name!r}")
     row = BASELINES[name]
+    if row.model and "model" not in parameters:
+        raise ValueError(f"{name}: needs model=..., trained on the synthetic pool beforehand")
     if row.takes_bank:
         if bank is None:
             raise ValueError(f"{name}: needs a bank of LoRAs")
