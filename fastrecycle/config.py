@@ -151,6 +151,9 @@ class MetaConfig:
     schedule: Literal["cyclic", "cosine", "constant"] = "cyclic"
     # Distance of a query to a prototype (Eq. 3b); "squared" is the square of "euclidean".
     distance: Literal["euclidean", "squared", "cosine"] = "euclidean"
+    # What a query of a task of one LoRA is to match: its teacher's distribution (Eq. 3a), or its
+    # label, as in interpolated tasks.
+    target: Literal["teacher", "label"] = "teacher"
     # Direction of the KL to the teacher (Eq. 3a).
     kl: Literal["teacher_student", "student_teacher"] = "teacher_student"
     # Temperature of the teacher's and the student's distribution in the KL.
@@ -205,6 +208,10 @@ class MetaConfig:
             abs(self.whole * self.tasks - round(self.whole * self.tasks)) < 1e-6,
             f"whole: must be a whole number of the {self.tasks} tasks of a step, got {self.whole}"
             f" ({self.whole * self.tasks:g} tasks); use a multiple of 1 / tasks",
+        )
+        _require(
+            self.target in ("teacher", "label"),
+            f'target: expected "teacher" or "label", got {self.target!r}',
         )
         self.learned_blocks(12)
         _require(

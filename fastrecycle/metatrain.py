@@ -117,7 +117,8 @@ class Batch(NamedTuple):
 
 
 def targets(pool_logits: Tensor, tasks: Draw | Episodes, config: MetaConfig) -> Tensor:
-    """Target distribution of each query: the teacher's, or one-hot in interpolated tasks.
+    """Target distribution of each query: the teacher's, or one-hot in interpolated tasks and where
+    `config.target` is "label".
 
     KL(teacher, student) and cross-entropy differ from CE(target, student) only by the target's
     entropy, so one loss serves Eq. 3a and Eq. 4.
@@ -129,7 +130,7 @@ def targets(pool_logits: Tensor, tasks: Draw | Episodes, config: MetaConfig) -> 
     device = pool_logits.device
     rows, labels = (torch.as_tensor(x, device=device) for x in (tasks.rows, tasks.labels))
     queries = rows[:, :, config.shots :]
-    own = labels[:, 0] >= 0
+    own = (labels[:, 0] >= 0) & (config.target == "teacher")
     columns = labels.clamp_min(0)[:, None, None, :].expand(-1, config.ways, config.queries, -1)
     logits = pool_logits[queries].gather(-1, columns)  # (E, W, Q, W)
     # below 1 even where a sure teacher's softmax rounds to it: `meta_loss` knows labels by their 1

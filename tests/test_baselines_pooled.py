@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ from torch import nn
 from fastrecycle.augment import shrink_table
 from fastrecycle.baselines import (
     CAML,
+    PMF,
+    PMF_GRID,
+    PMF_META,
     CAMLConfig,
     CAMLNetwork,
     NearestCentre,
     choose,
+    decode_tasks,
     embed_tasks,
     evaluate_baseline,
     make_baseline,
@@ -27,8 +32,9 @@ from fastrecycle.baselines import (
 from fastrecycle.baselines.caml import elmes
 from fastrecycle.baselines.caml_training import CAMLTrainer
 from fastrecycle.classifier import FewShotClassifier
-from fastrecycle.eval import Result
+from fastrecycle.eval import Result, decode
 from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.metatrain import MetaTrainer, meta_train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 SMALL = {"code_dim": 16, "layers": 2, "heads": 2}
@@ -451,3 +457,210 @@ def test_recorded_training_on_cuda_is_that_on_the_cpu(no_tf32):
     assert (on_cuda.tasks(support.cuda(), 3, query.cuda()).cpu() == guess).all()
     with pytest.raises(ValueError, match="model: is on cpu, the features on cuda:0"):
         CAML(toys.vit().to("cuda"), network()).tasks(support.cuda(), 3, query.cuda())
+
+
+# ------------------------------------------------------------------ P>M>F
+
+
+def pmf_meta(**changes):
+    base = {"steps": 3, "ways": 3, "shots": 2, "queries": 3, "tasks": 2, "resolution": (8, 16)}
+    return replace(PMF_META, **{**base, **changes})
+
+
+def test_meta_training_is_that_of_a_cosine_protonet():
+    """The loss of a step and its gradients by every tensor, from images on, written out."""
+    vit, pool = toys.vit(), toys.pool()
+    trainer = MetaTrainer(vit, pool, pmf_meta(interpolation=0.5), seed=2)
+    images = trainer._batches(0)[0].images.view(2, 3, 5, 3, 16, 16)
+    model = copy.deepcopy(vit).requires_grad_(True)
+    losses = []
+    for task in images:
+        centres = torch.stack([model(way[:2]).mean(0) for way in task])
+        for way, own in enumerate(task):
+            for query in own[2:]:
+                cosines = nn.functional.cosine_similarity(model(query[None]), centres)
+                losses.append(nn.functional.cross_entropy(10 * cosines, torch.tensor(way)))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert trainer.step()["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(trainer.parameters, model.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_meta_training_moves_every_tensor_of_the_backbone_and_leaves_the_one_given():
+    vit = toys.vit()
+    before = copy.deepcopy(vit.state_dict())
+    learnt = meta_train(vit, toys.pool(), pmf_meta()).vit
+    assert all((x == before[name]).all() for name, x in vit.state_dict().items())
+    assert [n for n, p in learnt.named_parameters() if (p == before[n]).all()] == []
+
+
+def support_images(count=6, seed=0):
+    return torch.randn(count, 3, 16, 16, generator=toys.generator(seed))
+
+
+WAY = np.arange(6) % 3
+
+
+def test_prototypes_without_tuning_are_those_of_a_plain_protonet():
+    vit = toys.vit()
+    x, query = support_images(), support_images(5, 1)
+    clf = PMF(vit, lr=0).fit(x, WAY)
+    with torch.no_grad():
+        support, features = vit(x), vit(query)
+    for q, logits in zip(features, clf.decision_function(query), strict=True):
+        for way in range(3):
+            centre = support[way == WAY].mean(0)
+            expected = 10 * (q @ centre) / (q.norm() * centre.norm())
+            assert logits[way] == pytest.approx(expected.item(), abs=1e-5)
+    assert clf.cost.parameters == 0
+
+
+def test_prototypes_without_tuning_are_those_of_easyfsl():
+    methods = pytest.importorskip("easyfsl.methods", reason="easyfsl is not installed")
+    vit, x, query = toys.vit(), support_images(), support_images(5, 1)
+    reference = methods.PrototypicalNetworks(copy.deepcopy(vit), use_softmax=False)
+    reference.process_support_set(x, torch.from_numpy(WAY))
+    with torch.no_grad():
+        expected = 10 * reference.cosine_distance_to_prototypes(vit(query))
+    got = PMF(vit, lr=0).fit(x, WAY).decision_function(query)
+    assert got == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_augmentation_is_that_of_its_authors_written_out():
+    """Image by image and pixel by pixel, from the same draws."""
+    clf, kinds = PMF(toys.vit(), seed=3), set()
+    images = support_images(4).view(2, 2, 3, 16, 16)
+    for step in range(20):
+        rng = np.random.Generator(np.random.Philox(key=[3, step]))
+        got = clf._views(images, step)
+        if rng.random() >= 0.9:
+            assert got is None
+            kinds.add(None)
+            continue
+        flip = rng.random() < 0.5
+        kinds.add(flip)
+        brightness, saturation, contrast = rng.random((3, 2))
+        down, right = rng.integers(0, 5, (2, 2)) - 2
+        for t, i in itertools.product(range(2), range(2)):
+            x = images[t, i].numpy().astype(np.float64)
+            x = (x[:, :, ::-1] if flip else x) + brightness[i] - 0.5
+            x = x.mean(0) + 2 * saturation[i] * (x - x.mean(0))
+            x = x.mean() + (0.5 + contrast[i]) * (x - x.mean())
+            expected = np.zeros_like(x)
+            for row, column in itertools.product(range(16), range(16)):
+                r, c = row + down[i], column + right[i]
+                if 0 <= r < 16 and 0 <= c < 16:
+                    expected[:, row, column] = x[:, r, c]
+            assert got[t, i].numpy() == pytest.approx(expected, abs=1e-5)
+    assert kinds == {None, True, False}
+
+
+def test_fine_tuning_is_a_plain_loop_of_adam():
+    # in float64 what is rounded differently stays small enough for Adam
+    vit, x = toys.vit().double(), support_images().double()
+    plain, way = copy.deepcopy(vit).requires_grad_(True), torch.from_numpy(WAY)
+    clf = PMF(vit, lr=1e-3, steps=12, seed=1).fit(x, WAY)
+    optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3)
+
+    def logits(images):
+        support = plain(x)
+        centres = torch.stack([support[way == w].mean(0) for w in range(3)])
+        features = plain(images)
+        return 10 * nn.functional.cosine_similarity(features[:, None], centres[None], dim=-1)
+
+    for step in range(12):
+        views = clf._views(x[None], step)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(logits(x if views is None else views[0]), way).backward()
+        optimiser.step()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(clf.adapted_.network[name][0], p.detach())
+        assert (p != vit.state_dict()[name]).any()
+    query = support_images(5, 1).double()
+    with torch.no_grad():
+        expected = logits(query).numpy()
+    assert clf.decision_function(query) == pytest.approx(expected, rel=1e-5)
+    assert clf.cost.parameters == sum(p.numel() for p in vit.parameters())
+
+
+@pytest.mark.parametrize("lr", [0, 1e-2])
+def test_tasks_of_pmf_side_by_side_come_out_as_each_alone(lr):
+    vit, (pixels, labels) = toys.vit(), pictures()
+    shape = {"shots": (2,), "ways": 3, "queries": 4, "tasks": 5, "split": "val"}
+    on = decode_tasks(vit, decode(vit, (pixels, labels)), **shape)[2]
+    clf = PMF(vit, lr=lr, steps=4)
+    guess = clf.tasks(on.pixels, on.tasks, batch=3)
+    for t in range(5):
+        support, query = (
+            vit.normalise(on.pixels.pixels[rows[t]].float() / 255)
+            for rows in (on.tasks.support, on.tasks.query)
+        )
+        alone = clone(clf).fit(support, on.tasks.support_ways)
+        assert (alone.predict(query) == guess[t].numpy()).all()
+
+
+def test_fine_tuning_makes_its_own_queries_easier():
+    x, losses = support_images(), []
+    for lr in (0, 1e-3):
+        clf = PMF(toys.vit(), lr=lr).fit(x, WAY)
+        views = [clf._views(x[None], step) for step in range(100, 120)]  # not seen in training
+        queries = torch.cat([v[0] for v in views if v is not None])
+        p = clf.predict_proba(queries)[np.arange(len(queries)), np.resize(WAY, len(queries))]
+        losses.append(-np.log(p).mean())
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_rate_of_pmf_is_chosen_on_validation_tasks_only():
+    vit, data = toys.vit(), pictures()
+    shape = {"shots": (1,), "ways": 3, "queries": 4, "tasks": 4}
+    clf = make_baseline("P>M>F", vit, model=vit, steps=2)
+    choice = choose(clf, decode_tasks(vit, data, split="val", **shape)[1], PMF_GRID)
+    assert [settings["lr"] for settings, _ in choice.results] == [0, 1e-4, 1e-3, 1e-2]
+    assert choice.method.lr == choice.settings["lr"]
+    with pytest.raises(ValueError, match='got the split "test"'):
+        choose(clf, decode_tasks(vit, data, split="test", **shape)[1], PMF_GRID)
+
+
+def test_shuffled_labels_give_pmf_chance():
+    pixels, labels = pictures(classes=4, per_class=60)
+    clf, shape = PMF(toys.vit(), lr=1e-3, steps=3), {"ways": 4, "queries": 10, "tasks": 60}
+    shuffled = np.random.default_rng(5).permutation(labels)
+    result = evaluate_baseline(clf, (pixels, shuffled), **shape)
+    # tasks share 240 images, so they vary together by more than the interval says: three of them
+    assert abs(result.accuracy - 25) < 3 * result.ci95
+    right = evaluate_baseline(clf, (pixels, labels), **shape)
+    assert right.accuracy > 25 + 5 * right.ci95
+
+
+def test_pmf_is_named_in_the_table_with_the_backbone_that_was_meta_trained():
+    vit = toys.vit()
+    learnt = meta_train(vit, toys.pool(), pmf_meta()).vit
+    method = make_baseline("P>M>F", vit, model=learnt, lr=0.0)
+    assert method.vit is learnt
+    with pytest.raises(ValueError, match="P>M>F: needs model="):
+        make_baseline("P>M>F", vit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-4}, "lr: must be positive and finite"),
+        ({"lr": float("nan")}, "lr: must be positive and finite"),
+        ({"steps": 0}, "steps: must be at least 1"),
+        ({"batch_size": 0}, "batch_size: must be at least 1"),
+    ],
+)
+def test_pmf_rejects_settings_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PMF(toys.vit(), **options).fit(support_images(), WAY)
+
+
+@pytest.mark.gpu
+def test_pmf_on_cuda_as_on_the_cpu():
+    x, query = support_images().double(), support_images(5, 1).double()
+    vit = toys.vit().double()
+    expected = PMF(vit, lr=1e-3, steps=6).fit(x, WAY).decision_function(query)
+    got = PMF(copy.deepcopy(vit).to("cuda"), lr=1e-3, steps=6).fit(x, WAY).decision_function(query)
+    assert got == pytest.approx(expected, abs=1e-5)

@@ -2,7 +2,14 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import tiny
+import toys
+
+from fastrecycle import SyntheticPool, ViT
+from fastrecycle.baselines import CAML, PMF_META, CAMLConfig, CAMLNetwork, evaluate_baseline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -21,3 +28,30 @@ def test_a_loop_of_ones_own_learns_digits(monkeypatch, capsys):
     # chance is 10 %, its deviation over 359 digits 1.6 %
     assert accuracy > 20
     assert "step   16  loss" in capsys.readouterr().out
+
+
+def test_pooled_baselines_train_from_a_saved_pool(monkeypatch, capsys, tmp_path, one_thread):
+    world = tiny.make(tmp_path)
+    parts = [toys.task_images(i, config=tiny.CONFIG) for i in range(3)]
+    SyntheticPool(parts).save(tmp_path / "pool")
+    shape = {"ways": 3, "shots": 2, "queries": 3, "tasks": 2, "resolution": (8, 16)}
+    results = load("train_pooled_baselines", monkeypatch).main(
+        tmp_path / "pool", str(world.images), str(world.backbone), tmp_path / "out",
+        caml=CAMLConfig(steps=20, sides=2, code_dim=16, layers=1, heads=2, **shape),
+        pmf=replace(PMF_META, steps=20, **shape),
+        rates=(0.0, 1e-3), steps=2, ways=3, shots=(1,), queries=4, tasks=20, device="cpu",
+        precision="fp32", backend="reference",
+    )  # fmt: skip
+    assert set(results) == {"NN", "CAML", "P>M>F"}
+    said = capsys.readouterr().out
+    assert "CAML step 20  loss" in said
+    assert "P>M>F step 20  loss" in said
+    assert "P>M>F at 1-shot: the best rate of fine-tuning is 0" in said
+    network = CAMLNetwork.load(tmp_path / "out/caml.safetensors")
+    vit = ViT.from_pretrained(tmp_path / "out/pmf.safetensors")
+    assert (vit.norm.weight != ViT.from_pretrained(world.backbone).norm.weight).all()
+    again = evaluate_baseline(
+        CAML(ViT.from_pretrained(world.backbone), network), str(world.images), ways=3, queries=4,
+        tasks=20, split="val",
+    )  # fmt: skip
+    assert again.accuracy == results["CAML"][1].accuracy

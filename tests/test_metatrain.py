@@ -150,11 +150,13 @@ def test_rejects_a_pool_of_another_backbone():
 # ------------------------------------------------------------------ targets and loss
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_targets_match_loops(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "target"), [(1.0, "teacher"), (2.5, "teacher"), (1.0, "label")]
+)
+def test_targets_match_loops(temperature, target):
     parts = [toys.task_images(0, 3), toys.task_images(1, 4)]
     pool = type(toys.pool())(parts)  # heads of two sizes: padded with -inf
-    cfg = config(tasks=3, temperature=temperature)
+    cfg = config(tasks=3, temperature=temperature, target=target)
     sampler = EpisodeSampler(pool, cfg, 0)
     kinds = set()
     for step in range(12):
@@ -166,7 +168,7 @@ def test_targets_match_loops(temperature):
                 for q in range(3):
                     row = drawn.rows[e, way, cfg.shots + q]
                     expected = [float(way == w) for w in range(3)]
-                    if drawn.labels[e, 0] >= 0:
+                    if drawn.labels[e, 0] >= 0 and target == "teacher":
                         logits = pool.teacher_logits[row][torch.tensor(drawn.labels[e])]
                         powers = [math.exp(v / temperature) for v in logits.tolist()]
                         expected = [p / sum(powers) for p in powers]
@@ -767,6 +769,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         ({"whole": 0.3, "sparsity": 0.5, "tasks": 4}, "whole number of the 4 tasks"),
         ({"resolution": (5, 4)}, "resolution: expected 1 <= low <= high"),
         ({"resolution": (0, 4)}, "resolution: expected"),
+        ({"target": "student"}, 'target: expected "teacher" or "label", got .student'),
         ({"learn": "middle:3"}, 'learn: expected "all", "backbone", "first:N" or "last:N"'),
         ({"learn": "first:0"}, "learn: expected"),
         ({"learn": "backbone", "ema": 0.9}, "ema: averages the meta-LoRA"),

@@ -13,6 +13,7 @@ from fastrecycle.baselines.lorahub import LoRAHub
 from fastrecycle.baselines.mole import MOLE
 from fastrecycle.baselines.nearest import NearestCentre
 from fastrecycle.baselines.network import AdaptedNetwork
+from fastrecycle.baselines.pmf import PMF, PMF_GRID, PMF_META
 from fastrecycle.baselines.protocol import (
     GRID,
     Choice,
@@ -33,6 +34,9 @@ __all__ = [
     "CAML",
     "GRID",
     "MOLE",
+    "PMF",
+    "PMF_GRID",
+    "PMF_META",
     "AdaptedNetwork",
     "Baseline",
     "CAMLConfig",
@@ -78,6 +82,7 @@ BASELINES = {
     "NN": Row(NearestCentre, takes_bank=False, tunes=False),
     "LoRAs Avg + NN": Row(NearestCentre, takes_bank=True, tunes=False),
     "CAML": Row(CAML, takes_bank=False, tunes=False, model="network"),
+    "P>M>F": Row(PMF, takes_bank=False, tunes=True, grid=PMF_GRID, model="backbone"),
 }
 
 
@@ -102,6 +107,8 @@ def make_baseline(
     row = BASELINES[name]
     if row.model and "model" not in parameters:
         raise ValueError(f"{name}: needs model=..., trained on the synthetic pool beforehand")
+    if row.model == "backbone":
+        vit = parameters.pop("model")
     if row.takes_bank:
         if bank is None:
             raise ValueError(f"{name}: needs a bank of LoRAs")

@@ -61,7 +61,8 @@ class CAMLNetwork(nn.Module):
     set does not matter; more ways than a task has leave codes unused.
 
     Features are centred on `centre` and scaled to length 1 like the codes, so that neither half of
-    a token drowns the other whatever the backbone's scale; its authors take CLIP's as they are.
+    a token drowns the other whatever the backbone's scale; its authors take CLIP's as they are, and
+    logits from a linear layer of one output a way.
 
     Relabelling the ways permutes the logits exactly where each way keeps its code; where the codes
     stay in their order, only as far as training, which deals them out at random, has taught it.

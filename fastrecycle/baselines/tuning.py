@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrecycle.baselines.linear import OPTIMIZERS, check_descent
-from fastrecycle.baselines.network import Adapted, AdaptedNetwork, LinearRule
+from fastrecycle.baselines.network import Adapted, AdaptedNetwork, LinearRule, Rule
 
 
 class TunedNetwork(AdaptedNetwork):
@@ -34,7 +34,7 @@ class TunedNetwork(AdaptedNetwork):
     optimizer: Literal["sgd", "adam"]
     lr: float
     steps: int
-    rule = LinearRule()
+    rule: Rule = LinearRule()
 
     def check(self) -> None:
         """See `AdaptedNetwork.check`."""
