@@ -440,8 +440,11 @@ def test_training_rejects_a_pool_that_does_not_fit():
     with pytest.raises(ValueError, match="images of side 16, the backbone takes 20"):
         train_caml(toys.vit(wider), pool, config())
     views = pool_views(toys.vit(), pool, config())
-    with pytest.raises(ValueError, match="views: of 36 images, the pool has 54"):
-        train_caml(toys.vit(), toys.pool(3), config(), views=views)
+    for other, changes in ((toys.pool(3), {}), (pool, {"flip": 0.0}), (pool, {"sides": 2})):
+        with pytest.raises(
+            ValueError, match=r"views: expected \(images, flip, resolution, sides\)"
+        ):
+            train_caml(toys.vit(), other, config(**changes), views=views)
 
 
 @pytest.mark.gpu

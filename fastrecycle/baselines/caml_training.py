@@ -99,6 +99,10 @@ class CAMLConfig:
             resolution=self.resolution,
         )  # fmt: skip
 
+    def augmentation(self) -> tuple[float, tuple[int, int], int]:
+        """Flip, resolution and sides: what `pool_views` reads."""
+        return self.flip, self.resolution, self.sides
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
         warm = max(1, round(self.warmup * self.steps))
@@ -112,9 +116,8 @@ class Views(NamedTuple):
 
     features: Tensor  # (flips, sides, M, F)
     flips: tuple[bool, ...]  # whether mirrored
-    drawn: tuple[
-        int, ...
-    ]  # equally probable, which of the sides; one beyond the image's is its own
+    drawn: tuple[int, ...]  # which of the sides, equally probable; those beyond the image's are one
+    augmentation: tuple[float, tuple[int, int], int]  # flip, resolution, sides it was made for
 
 
 def pool_views(
@@ -168,7 +171,7 @@ def pool_views(
                     dtype,
                 )  # fmt: skip
                 table[i, j, rows[0] : rows[-1] + 1] = embed(images, batch_size).to(dtype)
-    return Views(table, flips, tuple(drawn.tolist()))
+    return Views(table, flips, tuple(drawn.tolist()), config.augmentation())
 
 
 class Draw(NamedTuple):
@@ -187,10 +190,12 @@ class CAMLTrainer:
         device = views.features.device
         self.config, self.seed, self.precision, self.views = config, seed, precision, views
         self.sampler = EpisodeSampler(pool, config.episodes(), seed)
-        if views.features.shape[2] != len(pool):
+        expected = (len(pool), *config.augmentation())
+        got = (views.features.shape[2], *views.augmentation)
+        if got != expected:
             raise ValueError(
-                f"views: of {views.features.shape[2]} images, the pool has {len(pool)}; make them"
-                " anew with pool_views"
+                "views: expected (images, flip, resolution, sides) of pool and config"
+                f" {expected}, got {got}; make them anew with pool_views"
             )
         self.table = views.features.flatten(0, 2)  # (V M, F)
         self.model = CAMLNetwork(
@@ -302,8 +307,8 @@ def train_caml(
 ) -> CAMLNetwork:
     """Train CAML's network by cross-entropy on tasks from a pool.
 
-    The same seed gives the same network on the same machine. There are no checkpoints: it takes
-    minutes, and a run that was cut off starts over.
+    The same seed gives the same network, on the CPU bit for bit. There are no checkpoints: a run
+    that was cut off starts over.
 
     Args:
         vit: the frozen backbone, on the device to use; on CUDA a step is recorded as a CUDA graph.
