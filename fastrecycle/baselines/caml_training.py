@@ -53,7 +53,7 @@ class CAMLConfig:
     # Attention heads; they must divide features + code_dim.
     heads: int = 8
     # Peak learning rate of AdamW.
-    lr: float = 1e-4
+    lr: float = 3e-4
     # Its weight decay.
     weight_decay: float = 0.01
     # Share of the steps in which the rate rises to its peak, before it falls along a cosine.
