@@ -260,7 +260,12 @@ def test_the_real_torchvision_takes_the_arguments_given_here():
         ("cifar_fs", "test", 6000, 20),
         ("isic", "test", 1239, 5),
         ("omniglot", "test", 4000, 200),
-        ("tiny_imagenet", "train", 24030, 178),
+        ("omniglot_alphabets", "train", 1880, 94),
+        ("omniglot_alphabets", "val", 640, 32),
+        ("omniglot_alphabets", "test", 1480, 74),
+        ("tiny_imagenet", "train", 114 * 135, 114),
+        ("tiny_imagenet", "val", 32 * 135, 32),
+        ("tiny_imagenet", "test", 32 * 135, 32),
     ],
 )
 def test_real_archives_are_read_as_they_lie(data_root, name, split, images, classes):

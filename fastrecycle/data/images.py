@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastrecycle.data.groups import Groups
 from fastrecycle.data.stores import Store
 
 # What Pillow may try on a file of any content. Left out on purpose: EPS runs Ghostscript.
@@ -34,6 +35,7 @@ class ImageDataset:
         labels: (N,) int64.
         files: where each image lies, for messages.
         pixels: images by index, of any mode.
+        groups: of classes, where Meta-Dataset draws the classes of a task from one of them.
 
     """
 
@@ -41,8 +43,9 @@ class ImageDataset:
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray
-    files: list[str]
+    files: Sequence[str]
     pixels: Sequence[Image.Image]
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         """Number of images, N."""
