@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from fastrecycle.classifier import Distance, Embedder, class_means, prototype_logits
-from fastrecycle.data import Episodes, ImageDataset, episodes, load_dataset
+from fastrecycle.data import (
+    Episodes,
+    Groups,
+    ImageDataset,
+    RaggedEpisodes,
+    TaskSizes,
+    episodes,
+    load_dataset,
+    meta_dataset_episodes,
+)
 from fastrecycle.lora import LoRA
 from fastrecycle.ops import Backend
 from fastrecycle.vit import ViT
@@ -66,10 +75,11 @@ class Pixels:
     labels: np.ndarray  # (N,) int64
     class_names: tuple[str, ...]
     name: str
+    groups: Groups | None = None  # see ImageDataset
 
     def to(self, device: torch.device | str) -> Pixels:
         """The same with its pixels on another device."""
-        return Pixels(self.pixels.to(device), self.labels, self.class_names, self.name)
+        return replace(self, pixels=self.pixels.to(device))
 
 
 def decode(
@@ -94,7 +104,8 @@ def decode(
         batches.append(batch)
         if progress is not None:
             progress(sum(map(len, batches)), len(source))
-    return Pixels(torch.cat(batches), source.labels, source.class_names, source.name)
+    pixels = torch.cat(batches)
+    return Pixels(pixels, source.labels, source.class_names, source.name, source.groups)
 
 
 @torch.no_grad()
@@ -171,6 +182,38 @@ def score_predictions(
         guess = predict(features[support], features[query])
         per_task.append((guess == truth).float().mean(1))
     return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
+
+
+def score_ragged(
+    features: Tensor, tasks: RaggedEpisodes, distance: Distance = "euclidean"
+) -> Result:
+    """Accuracy of nearest prototypes on each task of Meta-Dataset's protocol (Eq. 3b).
+
+    Args:
+        features: (n, F) of `tasks.images`, in their order.
+        tasks: of image indices.
+        distance: see `prototype_logits`.
+
+    """
+    used = tasks.images
+    accuracy = np.empty(len(tasks))
+    for number in range(len(tasks)):
+        task = tasks.task(number)
+        rows, ways, query, truth = (
+            torch.from_numpy(array).to(features.device)
+            for array in (
+                np.searchsorted(used, task.support),
+                task.support_ways,
+                np.searchsorted(used, task.query),
+                task.query_ways,
+            )
+        )
+        sums = features.new_zeros(len(task.classes), features.shape[1])
+        sums.index_add_(0, ways, features[rows])
+        prototypes = sums / torch.bincount(ways)[:, None]
+        guess = prototype_logits(prototypes, features[query], distance).argmax(-1)
+        accuracy[number] = 100 * (guess == truth).double().mean().item()
+    return Result.of(accuracy)
 
 
 def embed_episodes(
@@ -294,6 +337,49 @@ def evaluate_shots(
         progress=progress,
     )  # fmt: skip
     return {count: score_episodes(features, lists, distance) for count, lists in drawn.items()}
+
+
+def evaluate_meta_dataset(
+    vit: ViT,
+    lora: LoRA | None,
+    dataset: Any,
+    *,
+    tasks: int = 600,
+    split: str = "test",
+    seed: int = 0,
+    sizes: TaskSizes | None = None,
+    min_images: int | None = None,
+    distance: Distance = "euclidean",
+    data_root: str | Path | None = None,
+    backend: Backend = "auto",
+    **embedding: Any,
+) -> Result:
+    """`evaluate` on tasks of varying ways and shots, drawn as Meta-Dataset draws them.
+
+    Omniglot's tasks are of one alphabet; ImageNet's of one branch of WordNet, where the export has
+    a dataset_spec.json; other sets' of all classes.
+
+    Args:
+        vit, lora, dataset, split, seed, distance, data_root, backend: see `evaluate`.
+        tasks: number of tasks.
+        sizes: bounds of ways, shots and queries; None: the published ones.
+        min_images: leave out classes with fewer images; None: one with a single image is an error.
+        embedding: further named arguments of `embed`: prune, batch_size, precision, progress.
+
+    Raises:
+        FileNotFoundError: no such data set; the text says what to put where.
+        ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
+
+    """
+    if lora is not None:
+        lora = lora.fit(vit.config)
+    source = dataset if isinstance(dataset, Pixels) else load_dataset(dataset, split, data_root)
+    drawn = meta_dataset_episodes(
+        source.labels, tasks, seed, groups=source.groups, sizes=sizes, min_images=min_images,
+        class_names=source.class_names,
+    )  # fmt: skip
+    features = embed(vit, lora, source, drawn.images, backend=backend, **embedding)
+    return score_ragged(features, drawn, distance)
 
 
 def main(arguments: list[str] | None = None) -> int:

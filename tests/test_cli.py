@@ -15,6 +15,7 @@ from tiny import CONFIG, World, make, random_lora
 import fastrecycle
 from fastrecycle import cli, evaluate
 from fastrecycle.cli import COMMANDS, main, run_eval
+from fastrecycle.eval import evaluate_meta_dataset
 from fastrecycle.files import load_safetensors, sha256
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.run import RunFolder
@@ -282,6 +283,22 @@ def test_eval_of_several_shots_and_an_archive(world, tmp_path, capsys):
     assert [result["shots"] for result in content["results"]] == [1, 5]
     assert "accuracy" not in content
     assert content["inputs"]["dataset"]["sha256"] == sha256(archive)
+
+
+def test_eval_on_varying_ways_and_shots(world, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    words = ["eval", "--dataset", str(world.images), "--backbone", str(world.backbone), "--lora",
+             "none", "--device", "cpu", "--quiet", "--tasks", "20", "--json", str(file),
+             "--protocol", "meta_dataset"]  # fmt: skip
+    assert main(words) == 0
+    assert "varying ways and shots" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    vit = ViT.from_pretrained(world.backbone)
+    expected = evaluate_meta_dataset(vit, None, world.images, tasks=20)
+    np.testing.assert_allclose(content["per_task"], expected.per_task)
+    assert (content["shots"], content["settings"]["protocol"]) == (None, "meta_dataset")
+    assert main([*words, "--shots", "5"]) == 2
+    assert "draws ways, shots and queries anew for each task" in capsys.readouterr().err
 
 
 def test_eval_of_an_averaged_bank(world, tmp_path):
