@@ -301,7 +301,18 @@ def _pretune(options: o.Pretune) -> int:
     check_precision(precision, "reference", device)
     vit, backbone = _backbone(options)
     root = options.common.data_root
-    dataset = load_dataset(options.dataset, options.split, root, download=options.download)
+    if not options.dataset:
+        raise ValueError("dataset: expected a name or path, got none")
+    datasets = [
+        load_dataset(source, options.split, root, download=options.download)
+        for source in options.dataset
+    ]
+    sources = {
+        "dataset" if len(datasets) == 1 else f"dataset {dataset.name}": dataset_input(
+            source, dataset, root
+        )
+        for source, dataset in zip(options.dataset, datasets, strict=True)
+    }
     manifest = {
         "command": "pretune",
         "config": {
@@ -311,7 +322,7 @@ def _pretune(options: o.Pretune) -> int:
             "precision": precision,
         },
         "seed": options.seed,
-        "inputs": {"backbone": backbone, "dataset": dataset_input(options.dataset, dataset, root)},
+        "inputs": {"backbone": backbone, **sources},
     }
     folder = runs.RunFolder(out, manifest)
     # A group that was cut short trains again as a whole: who trains beside whom changes rounding.
@@ -327,8 +338,10 @@ def _pretune(options: o.Pretune) -> int:
     )
     if len(done) < config.num:
         hidden = _hidden(options.common)
-        with image_progress("decoding", hidden) as update:
-            pixels = decode(vit, dataset, progress=update)
+        pixels = []
+        for dataset in datasets:
+            with image_progress(f"decoding {dataset.name}", hidden) as update:
+                pixels.append(decode(vit, dataset, progress=update))
         total = config.num * config.steps
         with runs.progress("pre-tuning", total, quiet=hidden) as advance:
 

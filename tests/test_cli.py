@@ -185,6 +185,22 @@ def test_pretune_makes_a_bank_and_goes_on(world, tmp_path, capsys):
     assert "bank of 3 LoRAs" in capsys.readouterr().out
 
 
+def test_pretune_of_several_sets(world, tmp_path, capsys):
+    out, other = tmp_path / "bank", tmp_path / "other"
+    shutil.copytree(world.images, other)
+    arguments = [
+        "pretune", "--dataset", str(world.images), str(other), "--backbone", str(world.backbone),
+        "--num", "2", "--ways", "3", "--steps", "2", "--batch-size", "6", "--quiet",
+        "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    names = [lora.class_names[0].split("/")[0] for lora in LoRABank.load(out)]
+    assert names == ["images", "other"]
+    inputs = json.loads((out / "run.json").read_text())["inputs"]
+    assert set(inputs) == {"backbone", "dataset images", "dataset other"}
+    refused(capsys, [*arguments[:2], *arguments[4:]], "dataset: expected a name or path, got none")
+
+
 def same_lora(one, other) -> bool:
     files = [folder / "adapter_model.safetensors" for folder in (one, other)]
     first, second = (load_safetensors(file)[0] for file in files)
