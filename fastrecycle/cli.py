@@ -440,6 +440,7 @@ def _eval(options: o.Eval) -> int:
             "batch_size": config.batch_size,
             "precision": precision,
             "progress": update,
+            "embedding_cache": options.embedding_cache,
         }
         vit = vit.to(device)
         results: list[tuple[str, int | None, Result]]

@@ -6,6 +6,7 @@ N images, F features, T tasks, W ways, K shots, Q queries a class. Run as a comm
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +28,16 @@ from fastrecycle.data import (
     load_dataset,
     meta_dataset_episodes,
 )
+from fastrecycle.embedding_cache import EmbeddingCache
 from fastrecycle.lora import LoRA
 from fastrecycle.ops import Backend
 from fastrecycle.vit import ViT
 
 Progress = Callable[[int, int], None]
 Predict = Callable[[Tensor, Tensor], Tensor]
+
+# images of one file of an embedding cache: what a kill may cost
+_CACHE_FILE_IMAGES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,12 @@ class Pixels:
         """The same with its pixels on another device."""
         return replace(self, pixels=self.pixels.to(device))
 
+    def digests(self, indices: np.ndarray) -> np.ndarray:
+        """SHA-256 of each image's resized pixels, (n, 32) uint8."""
+        rows = (self.pixels[int(index)].cpu().numpy().tobytes() for index in indices)
+        joined = b"".join(hashlib.sha256(b"resized\0" + row).digest() for row in rows)
+        return np.frombuffer(joined, np.uint8).reshape(-1, 32)
+
 
 def decode(
     vit: ViT,
@@ -120,26 +131,64 @@ def embed(
     precision: str = "fp32",
     backend: Backend = "reference",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> Tensor:
-    """Features of the images at `indices` (all by default), in their order: (n, F) float32."""
-    device = vit.pos_embed.device
+    """Features of the images at `indices` (all by default), in their order: (n, F) float32.
+
+    Args:
+        vit, lora, prune, precision, backend: see `Embedder`.
+        images: of a split.
+        indices: (n,) integers.
+        batch_size: images a forward pass.
+        progress: called with (images done, images in all).
+        embedding_cache: folder of features that earlier calls left; those of other weights, LoRAs,
+            files or settings are not taken. What is new is added.
+
+    """
     forward = Embedder(vit, lora, prune=prune, precision=precision, backend=backend)
     indices = np.arange(len(images.labels)) if indices is None else indices
+    if embedding_cache is None:
+        batches = _features(forward, images, indices, batch_size, progress, 0)
+        return torch.cat(list(batches))
+    cache = EmbeddingCache(embedding_cache, forward)
+    digests = images.digests(indices)
+    known, features = cache.find(digests)
+    new = np.flatnonzero(~known)
+    start = written = 0
+    for batch in _features(forward, images, indices[new], batch_size, progress, int(known.sum())):
+        features[torch.from_numpy(new[start : start + len(batch)])] = batch.cpu()
+        start += len(batch)
+        if start - written >= _CACHE_FILE_IMAGES or start == len(new):
+            rows = new[written:start]
+            cache.add(digests[rows], features[torch.from_numpy(rows)])
+            written = start
+    return features.to(forward.device)
+
+
+def _features(
+    forward: Embedder,
+    images: ImageDataset | Pixels,
+    indices: np.ndarray,
+    batch_size: int,
+    progress: Progress | None,
+    done: int,
+) -> Iterator[Tensor]:
+    """Features batch by batch; `done` images were known before."""
+    vit, total = forward.source, done + len(indices)
     batches: Iterator[Tensor]
     if isinstance(images, Pixels):
         rows = torch.from_numpy(indices).to(images.pixels.device)
-        batches = (images.pixels[part] for part in rows.split(batch_size))
+        batches = (images.pixels[part] for part in rows.split(batch_size) if len(part))
     else:
         batches = images.images(indices, vit.resize, batch_size)
-    features: list[Tensor] = []
-    done = 0
+    if progress is not None and done:
+        progress(done, total)
     for batch in batches:
-        pixels = batch.to(device).float() / 255
-        features.append(forward(vit.normalise(pixels), batch_size))
+        pixels = batch.to(forward.device).float() / 255
+        yield forward(vit.normalise(pixels), batch_size)
         done += len(batch)
         if progress is not None:
-            progress(done, len(indices))
-    return torch.cat(features)
+            progress(done, total)
 
 
 def score_episodes(
@@ -271,6 +320,7 @@ def evaluate(
     precision: str = "fp32",
     backend: Backend = "auto",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> Result:
     """Accuracy of a meta-LoRA (None: plain nearest class centre) without fine-tuning.
 
@@ -293,6 +343,7 @@ def evaluate(
         precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
         progress: called with (images embedded, images in all).
+        embedding_cache: folder of features from earlier calls; see `embed`.
 
     Raises:
         FileNotFoundError: no such data set; the text says what to put where.
@@ -301,7 +352,7 @@ def evaluate(
     results = evaluate_shots(
         vit, lora, dataset, shots=(shots,), ways=ways, queries=queries, tasks=tasks, split=split,
         seed=seed, distance=distance, prune=prune, data_root=data_root, batch_size=batch_size,
-        precision=precision, backend=backend, progress=progress,
+        precision=precision, backend=backend, progress=progress, embedding_cache=embedding_cache,
     )  # fmt: skip
     return results[shots]
 
@@ -324,6 +375,7 @@ def evaluate_shots(
     precision: str = "fp32",
     backend: Backend = "auto",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> dict[int, Result]:
     """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
     if lora is not None:
@@ -334,7 +386,7 @@ def evaluate_shots(
     features, drawn = embed_episodes(
         vit, lora, source, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed,
         prune=prune, batch_size=batch_size, precision=precision, backend=backend,
-        progress=progress,
+        progress=progress, embedding_cache=embedding_cache,
     )  # fmt: skip
     return {count: score_episodes(features, lists, distance) for count, lists in drawn.items()}
 
@@ -364,7 +416,8 @@ def evaluate_meta_dataset(
         tasks: number of tasks.
         sizes: bounds of ways, shots and queries; None: the published ones.
         min_images: leave out classes with fewer images; None: one with a single image is an error.
-        embedding: further named arguments of `embed`: prune, batch_size, precision, progress.
+        embedding: further named arguments of `embed`: prune, batch_size, precision, progress,
+            embedding_cache.
 
     Raises:
         FileNotFoundError: no such data set; the text says what to put where.

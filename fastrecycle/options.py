@@ -202,6 +202,9 @@ class Eval:
     lora: str = "demo"
     # Also write the results here, as JSON.
     json: Path | None = None
+    # Folder where features of images are kept and looked up: of the same file, weights, LoRA and
+    # settings alone.
+    embedding_cache: Path | None = None
     # Fetch a registered data set that is absent, where it has an official direct link.
     download: bool = False
 

@@ -317,6 +317,16 @@ def test_eval_on_varying_ways_and_shots(world, tmp_path, capsys):
     assert "draws ways, shots and queries anew for each task" in capsys.readouterr().err
 
 
+def test_eval_takes_features_from_a_cache(world, tmp_path, monkeypatch):
+    cache, results = tmp_path / "cache", [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in results:
+        words = evaluation(world, "--embedding-cache", str(cache), "--json", str(file))
+        assert main(["eval", *words]) == 0
+        monkeypatch.setattr(ViT, "forward", None)  # nothing is embedded again
+    one, two = (json.loads(file.read_text()) for file in results)
+    assert one["per_task"] == two["per_task"]
+
+
 def test_eval_of_an_averaged_bank(world, tmp_path):
     file = tmp_path / "result.json"
     lora = ["--lora", f"average:{world.bank}", "--json", str(file), "--prune", "1:0.5"]
