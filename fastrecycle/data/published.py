@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastrecycle.data.layouts import IMAGE_SUFFIXES, Row, read_table
+from fastrecycle.data.layouts import IMAGE_SUFFIXES, SPLITS, Row, read_table
 from fastrecycle.data.matlab import read_matrix
 from fastrecycle.data.stores import Store, safe_name
 
@@ -53,6 +53,7 @@ _ISIC = {
 _CHESTX = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax",
 )  # fmt: skip
+_CIFAR_FS_TABLES = tuple(f"splits/bertinetto/{split}.txt" for split in SPLITS)
 _ISIC_IMAGES = r"(^|/)ISIC2018_Task3_Training_Input/ISIC_\d{7}\.jpg$"
 _ISIC_TABLE = "ISIC2018_Task3_Training_GroundTruth.csv"
 
@@ -193,6 +194,34 @@ def _cub(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
     return rows, {name: name.split(".", 1)[-1].replace("_", " ") for name in split_of}
 
 
+def _cifar_fs(store: Store, folder: str) -> tuple[list[Row], dict[str, str]]:
+    """CIFAR-FS: data/CLASS/FILE, and the classes of each split in splits/bertinetto/SPLIT.txt."""
+    split_of: dict[str, str] = {}
+    for table, split in zip(_CIFAR_FS_TABLES, SPLITS, strict=True):
+        text = store.read(folder + table).decode("utf-8", errors="replace")
+        for label in filter(None, map(str.strip, text.splitlines())):
+            if label in split_of:
+                raise ValueError(
+                    f"load_dataset: {store.path}: {folder}{table} has the class {label}, which "
+                    f"{split_of[label]}.txt has too; copy or download them again"
+                )
+            split_of[label] = split
+    rows = []
+    start = f"{folder}data/"
+    for name in store.names:
+        if name.startswith(start) and name.lower().endswith(IMAGE_SUFFIXES):
+            label = name[len(start) :].split("/", 1)[0]
+            if label in split_of:
+                rows.append(Row(split_of[label], label, name))
+    absent = sorted(split_of.keys() - {row.label for row in rows})
+    if absent:
+        raise FileNotFoundError(
+            f"load_dataset: {store.path} has no image of the listed class {absent[0]} in "
+            f"{start}{absent[0]}/; unpack the archive again"
+        )
+    return rows, {}
+
+
 def _numbered(store: Store, name: str) -> dict[str, str]:
     """CUB's tables, `NUMBER VALUE` a line: number -> value."""
     values: dict[str, str] = {}
@@ -318,6 +347,7 @@ def _images_by_name(store: Store, pattern: str) -> dict[str, str]:
 
 LAYOUTS = (
     Layout(("images.txt", "image_class_labels.txt", "classes.txt"), _cub),
+    Layout(_CIFAR_FS_TABLES, _cifar_fs),
     Layout(("imagelabels.mat",), _flowers, r"(^|/)jpg/image_\d{5}\.jpg$"),
     Layout((_ISIC_TABLE,), _isic, _ISIC_IMAGES),
     *(

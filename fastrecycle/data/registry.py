@@ -49,6 +49,7 @@ DATASETS: dict[str, DatasetInfo] = {
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
         classes={"train": 64, "val": 16, "test": 20},
         download="CIFAR100",
+        folders=("cifar100",),
     ),
     "mini_imagenet": DatasetInfo(
         title="mini-ImageNet in Ravi and Larochelle's class split",
@@ -132,7 +133,7 @@ def _source(
         title=f"Meta-Dataset's {title}",
         url=url,
         classes={split: size for split, size in sizes if size},
-        folders=folders,
+        folders=(f"meta_dataset_h5/{name}", *folders),
         within=within,
     )
 
