@@ -1,5 +1,6 @@
 """Meta-Dataset's sources on miniature trees: class folders, and the HDF5 export of P>M>F."""
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fastrecycle.data import DATASETS, load_dataset
 from fastrecycle.data.groups import Groups, alphabets
+from fastrecycle.data.h5 import H5Images
 from fastrecycle.data.meta_dataset import SOURCES, class_splits, drawn_split
 
 h5py = pytest.importorskip("h5py")
@@ -361,6 +363,22 @@ def test_h5_classes_with_another_number_of_images_are_rejected(tmp_path, count, 
     write_h5(export(tmp_path) / "3.h5", count)
     with pytest.raises(ValueError, match=text):
         load_dataset("meta_dataset/dtd", data_root=tmp_path)
+
+
+def test_damaged_h5_files_raise_nothing_but_value_errors(tmp_path):
+    write_h5(tmp_path / "0.h5", 3)
+    whole = (tmp_path / "0.h5").read_bytes()
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(damaged), 4):
+            damaged[place] = rng.integers(256)
+        path = tmp_path / f"{number}.h5"
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            images = H5Images([path], [None])
+            for index in range(len(images)):
+                images.read(index)
 
 
 def outside(group, path):

@@ -42,7 +42,7 @@ class H5Images(Sequence[Image.Image]):
         sizes = []
         for place, expected in enumerate(counts):
             with self._lock:
-                found = len(self._file(place))
+                found = self._count(place)
             if found == 0 or (expected is not None and found != expected):
                 raise ValueError(
                     f"load_dataset: {self.files[place]} must hold "
@@ -91,6 +91,15 @@ class H5Images(Sequence[Image.Image]):
                 raise ValueError(
                     f"load_dataset: {where} is not a whole image ({error}); copy the file again"
                 ) from error
+
+    def _count(self, place: int) -> int:
+        try:
+            return len(self._file(place))
+        except RuntimeError as error:
+            raise ValueError(
+                f"load_dataset: {self.files[place]} is not a whole HDF5 file ({error}); copy it "
+                "again"
+            ) from error
 
     def _file(self, place: int) -> Any:
         """The open file of a class; the one that was used least recently is closed for it."""
