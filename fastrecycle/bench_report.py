@@ -225,7 +225,7 @@ def accuracies(which: str, runs: Sequence[Path], dataset: str) -> dict[str, list
             results = content.get("results") if isinstance(content, dict) else None
             for result in results if isinstance(results, list) else []:
                 known = result.get("dataset", content.get("settings", {}).get("dataset"))
-                if known == dataset:
+                if known == dataset and result["shots"] is not None:
                     cells[int(result["shots"])] = f"{result['accuracy']:.2f} ± {result['ci95']:.2f}"
         if not cells:
             raise FileNotFoundError(

@@ -110,6 +110,7 @@ class Embedder:
         backend: Backend = "reference",
     ):
         self.device = vit.pos_embed.device
+        self.source = vit
         rank = 1 if lora is None else max((a.shape[1] for a in lora.a.values()), default=1)
         resolved = resolve_backend(
             backend, self.device, precision,
@@ -120,6 +121,7 @@ class Embedder:
             vit = vit.prepared(weight_dtype(precision))
         self.vit, self.prune, self.precision = vit, prune, precision
         self.lora = None if lora is None else lora.to(self.device)
+        self.backend = resolved
         self.impl: Impl = impl_of(resolved)
         self.graphs = None
         if resolved != "reference" and self.device.type == "cuda":

@@ -301,7 +301,18 @@ def _pretune(options: o.Pretune) -> int:
     check_precision(precision, "reference", device)
     vit, backbone = _backbone(options)
     root = options.common.data_root
-    dataset = load_dataset(options.dataset, options.split, root, download=options.download)
+    if not options.dataset:
+        raise ValueError("dataset: expected a name or path, got none")
+    datasets = [
+        load_dataset(source, options.split, root, download=options.download)
+        for source in options.dataset
+    ]
+    sources = {
+        "dataset" if len(datasets) == 1 else f"dataset {dataset.name}": dataset_input(
+            source, dataset, root
+        )
+        for source, dataset in zip(options.dataset, datasets, strict=True)
+    }
     manifest = {
         "command": "pretune",
         "config": {
@@ -311,7 +322,7 @@ def _pretune(options: o.Pretune) -> int:
             "precision": precision,
         },
         "seed": options.seed,
-        "inputs": {"backbone": backbone, "dataset": dataset_input(options.dataset, dataset, root)},
+        "inputs": {"backbone": backbone, **sources},
     }
     folder = runs.RunFolder(out, manifest)
     # A group that was cut short trains again as a whole: who trains beside whom changes rounding.
@@ -327,8 +338,10 @@ def _pretune(options: o.Pretune) -> int:
     )
     if len(done) < config.num:
         hidden = _hidden(options.common)
-        with image_progress("decoding", hidden) as update:
-            pixels = decode(vit, dataset, progress=update)
+        pixels = []
+        for dataset in datasets:
+            with image_progress(f"decoding {dataset.name}", hidden) as update:
+                pixels.append(decode(vit, dataset, progress=update))
         total = config.num * config.steps
         with runs.progress("pre-tuning", total, quiet=hidden) as advance:
 
@@ -405,7 +418,7 @@ def _recycle(options: o.Recycle) -> int:
 
 def _eval(options: o.Eval) -> int:
     from fastrecycle.data import load_dataset
-    from fastrecycle.eval import evaluate_shots
+    from fastrecycle.eval import Result, evaluate_meta_dataset, evaluate_shots
     from fastrecycle.files import write_json
     from fastrecycle.inputs import dataset_input
     from fastrecycle.recycler import resolve_device, resolve_precision
@@ -419,27 +432,32 @@ def _eval(options: o.Eval) -> int:
     lora, inputs = _evaluated(options.lora, options.backbone.backbone)
     start = time.perf_counter()
     with image_progress("embedding", _hidden(options.common)) as update:
-        results = evaluate_shots(
-            vit.to(device),
-            lora,
-            dataset,
-            shots=config.shots,
-            ways=config.ways,
-            queries=config.queries,
-            tasks=config.tasks,
-            seed=config.seed,
-            distance=config.distance,
-            prune=config.prune or None,
-            batch_size=config.batch_size,
-            precision=precision,
-            progress=update,
-        )
+        shared: dict[str, Any] = {
+            "tasks": config.tasks,
+            "seed": config.seed,
+            "distance": config.distance,
+            "prune": config.prune or None,
+            "batch_size": config.batch_size,
+            "precision": precision,
+            "progress": update,
+            "embedding_cache": options.embedding_cache,
+        }
+        vit = vit.to(device)
+        results: list[tuple[str, int | None, Result]]
+        if config.protocol == "fixed":
+            of_shots = evaluate_shots(
+                vit, lora, dataset, shots=config.shots, ways=config.ways, queries=config.queries,
+                **shared,
+            )  # fmt: skip
+            results = [(f"{config.ways}-way {k}-shot", k, r) for k, r in of_shots.items()]
+        else:
+            varied = evaluate_meta_dataset(vit, lora, dataset, **shared)
+            results = [("varying ways and shots", None, varied)]
     seconds = time.perf_counter() - start
     rows = [
-        [f"{config.ways}-way {shots}-shot", f"{r.accuracy:.2f}", f"± {r.ci95:.2f}",
-         str(config.tasks)]
-        for shots, r in results.items()
-    ]  # fmt: skip
+        [title, f"{r.accuracy:.2f}", f"± {r.ci95:.2f}", str(config.tasks)]
+        for title, _, r in results
+    ]
     print(f"{dataset.name}, split {config.split}; LoRA: {options.lora}")
     print(text_table(["tasks", "accuracy (%)", "95 % interval", "number"], rows))
     print(f"{seconds:.1f} s on {device}")
@@ -451,7 +469,7 @@ def _eval(options: o.Eval) -> int:
                 "ci95": r.ci95,
                 "per_task": r.per_task.tolist(),
             }
-            for shots, r in results.items()
+            for _, shots, r in results
         ]
         settings = {
             **runs.settings(config),

@@ -261,6 +261,9 @@ class MetaConfig:
 class EvalConfig:
     """Fine-tuning-free evaluation on few-shot tasks."""
 
+    # fixed: every task has the same ways, shots and queries (the paper's). meta_dataset: they vary
+    # as Meta-Dataset draws them, and --ways, --shots and --queries are not given.
+    protocol: Literal["fixed", "meta_dataset"] = "fixed"
     # Classes of each task.
     ways: int = 5
     # Support images a class; several are evaluated one after the other.
@@ -282,6 +285,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.shots) > 0, "shots: expected at least one number, got none")
+        _require(
+            self.protocol == "fixed" or (self.ways, self.shots, self.queries) == (5, (1,), 15),
+            "protocol: meta_dataset draws ways, shots and queries anew for each task; leave out"
+            " --ways, --shots and --queries",
+        )
         _require(self.batch_size >= 1, f"batch_size: must be >= 1, got {self.batch_size}")
 
 

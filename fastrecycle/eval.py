@@ -6,9 +6,10 @@ N images, F features, T tasks, W ways, K shots, Q queries a class. Run as a comm
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,26 @@ import torch
 from torch import Tensor
 
 from fastrecycle.classifier import Distance, Embedder, class_means, prototype_logits
-from fastrecycle.data import Episodes, ImageDataset, episodes, load_dataset
+from fastrecycle.data import (
+    Episodes,
+    Groups,
+    ImageDataset,
+    RaggedEpisodes,
+    TaskSizes,
+    episodes,
+    load_dataset,
+    meta_dataset_episodes,
+)
+from fastrecycle.embedding_cache import EmbeddingCache
 from fastrecycle.lora import LoRA
 from fastrecycle.ops import Backend
 from fastrecycle.vit import ViT
 
 Progress = Callable[[int, int], None]
 Predict = Callable[[Tensor, Tensor], Tensor]
+
+# images of one file of an embedding cache: what a kill may cost
+_CACHE_FILE_IMAGES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +80,17 @@ class Pixels:
     labels: np.ndarray  # (N,) int64
     class_names: tuple[str, ...]
     name: str
+    groups: Groups | None = None  # see ImageDataset
 
     def to(self, device: torch.device | str) -> Pixels:
         """The same with its pixels on another device."""
-        return Pixels(self.pixels.to(device), self.labels, self.class_names, self.name)
+        return replace(self, pixels=self.pixels.to(device))
+
+    def digests(self, indices: np.ndarray) -> np.ndarray:
+        """SHA-256 of each image's resized pixels, (n, 32) uint8."""
+        rows = (self.pixels[int(index)].cpu().numpy().tobytes() for index in indices)
+        joined = b"".join(hashlib.sha256(b"resized\0" + row).digest() for row in rows)
+        return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
 
 def decode(
@@ -94,7 +115,8 @@ def decode(
         batches.append(batch)
         if progress is not None:
             progress(sum(map(len, batches)), len(source))
-    return Pixels(torch.cat(batches), source.labels, source.class_names, source.name)
+    pixels = torch.cat(batches)
+    return Pixels(pixels, source.labels, source.class_names, source.name, source.groups)
 
 
 @torch.no_grad()
@@ -109,26 +131,64 @@ def embed(
     precision: str = "fp32",
     backend: Backend = "reference",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> Tensor:
-    """Features of the images at `indices` (all by default), in their order: (n, F) float32."""
-    device = vit.pos_embed.device
+    """Features of the images at `indices` (all by default), in their order: (n, F) float32.
+
+    Args:
+        vit, lora, prune, precision, backend: see `Embedder`.
+        images: of a split.
+        indices: (n,) integers.
+        batch_size: images a forward pass.
+        progress: called with (images done, images in all).
+        embedding_cache: folder of features that earlier calls left; those of other weights, LoRAs,
+            files or settings are not taken. What is new is added.
+
+    """
     forward = Embedder(vit, lora, prune=prune, precision=precision, backend=backend)
     indices = np.arange(len(images.labels)) if indices is None else indices
+    if embedding_cache is None:
+        batches = _features(forward, images, indices, batch_size, progress, 0)
+        return torch.cat(list(batches))
+    cache = EmbeddingCache(embedding_cache, forward)
+    digests = images.digests(indices)
+    known, features = cache.find(digests)
+    new = np.flatnonzero(~known)
+    start = written = 0
+    for batch in _features(forward, images, indices[new], batch_size, progress, int(known.sum())):
+        features[torch.from_numpy(new[start : start + len(batch)])] = batch.cpu()
+        start += len(batch)
+        if start - written >= _CACHE_FILE_IMAGES or start == len(new):
+            rows = new[written:start]
+            cache.add(digests[rows], features[torch.from_numpy(rows)])
+            written = start
+    return features.to(forward.device)
+
+
+def _features(
+    forward: Embedder,
+    images: ImageDataset | Pixels,
+    indices: np.ndarray,
+    batch_size: int,
+    progress: Progress | None,
+    done: int,
+) -> Iterator[Tensor]:
+    """Features batch by batch; `done` images were known before."""
+    vit, total = forward.source, done + len(indices)
     batches: Iterator[Tensor]
     if isinstance(images, Pixels):
         rows = torch.from_numpy(indices).to(images.pixels.device)
-        batches = (images.pixels[part] for part in rows.split(batch_size))
+        batches = (images.pixels[part] for part in rows.split(batch_size) if len(part))
     else:
         batches = images.images(indices, vit.resize, batch_size)
-    features: list[Tensor] = []
-    done = 0
+    if progress is not None and done:
+        progress(done, total)
     for batch in batches:
-        pixels = batch.to(device).float() / 255
-        features.append(forward(vit.normalise(pixels), batch_size))
+        pixels = batch.to(forward.device).float() / 255
+        yield forward(vit.normalise(pixels), batch_size)
         done += len(batch)
         if progress is not None:
-            progress(done, len(indices))
-    return torch.cat(features)
+            progress(done, total)
 
 
 def score_episodes(
@@ -171,6 +231,38 @@ def score_predictions(
         guess = predict(features[support], features[query])
         per_task.append((guess == truth).float().mean(1))
     return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
+
+
+def score_ragged(
+    features: Tensor, tasks: RaggedEpisodes, distance: Distance = "euclidean"
+) -> Result:
+    """Accuracy of nearest prototypes on each task of Meta-Dataset's protocol (Eq. 3b).
+
+    Args:
+        features: (n, F) of `tasks.images`, in their order.
+        tasks: of image indices.
+        distance: see `prototype_logits`.
+
+    """
+    used = tasks.images
+    accuracy = np.empty(len(tasks))
+    for number in range(len(tasks)):
+        task = tasks.task(number)
+        rows, ways, query, truth = (
+            torch.from_numpy(array).to(features.device)
+            for array in (
+                np.searchsorted(used, task.support),
+                task.support_ways,
+                np.searchsorted(used, task.query),
+                task.query_ways,
+            )
+        )
+        sums = features.new_zeros(len(task.classes), features.shape[1])
+        sums.index_add_(0, ways, features[rows])
+        prototypes = sums / torch.bincount(ways)[:, None]
+        guess = prototype_logits(prototypes, features[query], distance).argmax(-1)
+        accuracy[number] = 100 * (guess == truth).double().mean().item()
+    return Result.of(accuracy)
 
 
 def embed_episodes(
@@ -228,6 +320,7 @@ def evaluate(
     precision: str = "fp32",
     backend: Backend = "auto",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> Result:
     """Accuracy of a meta-LoRA (None: plain nearest class centre) without fine-tuning.
 
@@ -250,6 +343,7 @@ def evaluate(
         precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
         progress: called with (images embedded, images in all).
+        embedding_cache: folder of features from earlier calls; see `embed`.
 
     Raises:
         FileNotFoundError: no such data set; the text says what to put where.
@@ -258,7 +352,7 @@ def evaluate(
     results = evaluate_shots(
         vit, lora, dataset, shots=(shots,), ways=ways, queries=queries, tasks=tasks, split=split,
         seed=seed, distance=distance, prune=prune, data_root=data_root, batch_size=batch_size,
-        precision=precision, backend=backend, progress=progress,
+        precision=precision, backend=backend, progress=progress, embedding_cache=embedding_cache,
     )  # fmt: skip
     return results[shots]
 
@@ -281,6 +375,7 @@ def evaluate_shots(
     precision: str = "fp32",
     backend: Backend = "auto",
     progress: Progress | None = None,
+    embedding_cache: str | Path | None = None,
 ) -> dict[int, Result]:
     """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
     if lora is not None:
@@ -291,9 +386,53 @@ def evaluate_shots(
     features, drawn = embed_episodes(
         vit, lora, source, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed,
         prune=prune, batch_size=batch_size, precision=precision, backend=backend,
-        progress=progress,
+        progress=progress, embedding_cache=embedding_cache,
     )  # fmt: skip
     return {count: score_episodes(features, lists, distance) for count, lists in drawn.items()}
+
+
+def evaluate_meta_dataset(
+    vit: ViT,
+    lora: LoRA | None,
+    dataset: Any,
+    *,
+    tasks: int = 600,
+    split: str = "test",
+    seed: int = 0,
+    sizes: TaskSizes | None = None,
+    min_images: int | None = None,
+    distance: Distance = "euclidean",
+    data_root: str | Path | None = None,
+    backend: Backend = "auto",
+    **embedding: Any,
+) -> Result:
+    """`evaluate` on tasks of varying ways and shots, drawn as Meta-Dataset draws them.
+
+    Omniglot's tasks are of one alphabet; ImageNet's of one branch of WordNet, where the export has
+    a dataset_spec.json; other sets' of all classes.
+
+    Args:
+        vit, lora, dataset, split, seed, distance, data_root, backend: see `evaluate`.
+        tasks: number of tasks.
+        sizes: bounds of ways, shots and queries; None: the published ones.
+        min_images: leave out classes with fewer images; None: one with a single image is an error.
+        embedding: further named arguments of `embed`: prune, batch_size, precision, progress,
+            embedding_cache.
+
+    Raises:
+        FileNotFoundError: no such data set; the text says what to put where.
+        ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
+
+    """
+    if lora is not None:
+        lora = lora.fit(vit.config)
+    source = dataset if isinstance(dataset, Pixels) else load_dataset(dataset, split, data_root)
+    drawn = meta_dataset_episodes(
+        source.labels, tasks, seed, groups=source.groups, sizes=sizes, min_images=min_images,
+        class_names=source.class_names,
+    )  # fmt: skip
+    features = embed(vit, lora, source, drawn.images, backend=backend, **embedding)
+    return score_ragged(features, drawn, distance)
 
 
 def main(arguments: list[str] | None = None) -> int:

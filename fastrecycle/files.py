@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -159,4 +159,14 @@ def sha256(path: str | Path) -> str:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex SHA-256 of names, shapes and numbers, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\0".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())  # bfloat16 too
     return digest.hexdigest()

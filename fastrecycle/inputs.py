@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fastrecycle.data import ImageDataset
 from fastrecycle.data.registry import DATASETS, find_files, find_root
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
-from fastrecycle.files import sha256
+from fastrecycle.files import sha256, tensors_sha256
 from fastrecycle.lora import LoRA
 from fastrecycle.pool import SyntheticPool
 
 Input = dict[str, str]
-
-
-def _tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, shapes and numbers, in the order given."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\0".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())  # bfloat16 too
-    return digest.hexdigest()
 
 
 def network_input(source: str | Path, network: nn.Module) -> Input:
@@ -34,7 +22,7 @@ def network_input(source: str | Path, network: nn.Module) -> Input:
     if Path(source).is_file():
         return {"source": str(source), "sha256": sha256(source)}
     tensors = {**dict(network.named_buffers()), **dict(network.named_parameters())}
-    return {"source": str(source), "sha256": _tensors(sorted(tensors.items()))}
+    return {"source": str(source), "sha256": tensors_sha256(sorted(tensors.items()))}
 
 
 def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
@@ -50,7 +38,7 @@ def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
                 if lora.head.bias is not None:
                     yield f"{i} bias", lora.head.bias
 
-    return {"source": str(source), "sha256": _tensors(named())}
+    return {"source": str(source), "sha256": tensors_sha256(named())}
 
 
 def pool_input(source: str | Path, pool: SyntheticPool) -> Input:
@@ -62,7 +50,7 @@ def pool_input(source: str | Path, pool: SyntheticPool) -> Input:
             for name in ("labels", "order", "teacher_logits"):
                 yield name, getattr(part, name)
 
-    return {"source": str(source), "sha256": _tensors(named())}
+    return {"source": str(source), "sha256": tensors_sha256(named())}
 
 
 def dataset_input(

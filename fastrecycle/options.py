@@ -116,8 +116,9 @@ class Pretune:
     common: OmitArgPrefixes[Common]
     backbone: OmitArgPrefixes[Backbone]
     pretune: OmitArgPrefixes[PretuneConfig]
-    # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
-    dataset: str
+    # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv. Several take turns, LoRA
+    # by LoRA, and class names then begin with their set's.
+    dataset: tuple[str, ...]
     # Split of the data set: train, val or test.
     split: str = "train"
     # Folder of the bank.
@@ -201,6 +202,9 @@ class Eval:
     lora: str = "demo"
     # Also write the results here, as JSON.
     json: Path | None = None
+    # Folder where features of images are kept and looked up: of the same file, weights, LoRA and
+    # settings alone.
+    embedding_cache: Path | None = None
     # Fetch a registered data set that is absent, where it has an official direct link.
     download: bool = False
 

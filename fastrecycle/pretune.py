@@ -5,8 +5,8 @@ G LoRAs side by side, b images of each, W ways, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fastrecycle.vit import ViT
 
 def pretune(
     vit: ViT,
-    data: Pixels,
+    data: Pixels | Sequence[Pixels],
     config: PretuneConfig | None = None,
     *,
     seed: int = 0,
@@ -34,12 +34,16 @@ def pretune(
     """Train `config.num` LoRAs on random `config.ways`-way tasks of a labelled split.
 
     Several run side by side in one batch, each image under its own LoRA; their losses are summed,
-    so each trains as it would alone. A LoRA's classes, start and batches depend on the seed and its
-    number only.
+    so each trains as it would alone. A LoRA's classes, start and batches depend on the seed, its
+    number and its data set only.
+
+    Several data sets (a bank for cross-domain tasks) take turns: LoRA i is of set i modulo their
+    number, ranks are dealt out within each set, and class names become SET/CLASS, so that equal
+    names of two sets are not taken for one class.
 
     Args:
         vit: the frozen backbone, on the device to use.
-        data: decoded images, see `fastrecycle.eval.decode`.
+        data: decoded images, see `fastrecycle.eval.decode`; or several of different names.
         config: see `PretuneConfig`.
         seed: of everything drawn.
         precision: "fp32" or "bf16".
@@ -51,15 +55,12 @@ def pretune(
         The bank without those in `done`.
 
     Raises:
-        ValueError: fewer classes than ways.
+        ValueError: fewer classes than ways, or two data sets of one name.
     """
     config = config or PretuneConfig()
     check_precision(precision, "reference", vit.pos_embed.device)
-    classes = np.unique(data.labels)
-    if len(classes) < config.ways:
-        raise ValueError(f"ways: {data.name} has {len(classes)} classes, fewer than {config.ways}")
-    members = {int(c): np.flatnonzero(data.labels == c) for c in classes}
-    ranks = [config.rank[i % len(config.rank)] for i in range(config.num)]
+    sources = _sources([data] if isinstance(data, Pixels) else data, config.ways)
+    ranks = [config.rank[i // len(sources) % len(config.rank)] for i in range(config.num)]
     todo = [i for i in range(config.num) if i not in done]
     finished: list[LoRA] = []
     steps_done = len(done) * config.steps
@@ -73,7 +74,7 @@ def pretune(
                 on_step(base + step * count, values)
 
         loras = _train_group(
-            vit, data, members, group, ranks, config, seed=seed, precision=precision, on_step=report
+            vit, sources, group, ranks, config, seed=seed, precision=precision, on_step=report
         )
         for number, lora in zip(group, loras, strict=True):
             finished.append(lora)
@@ -83,10 +84,36 @@ def pretune(
     return LoRABank(finished)
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    pixels: Tensor  # (N, 3, S, S) uint8
+    members: dict[int, np.ndarray]  # label -> its images
+    class_names: tuple[str, ...]
+
+
+def _sources(data: Sequence[Pixels], ways: int) -> list[_Source]:
+    names = [each.name for each in data]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"data: expected at least one data set, of different names, got {names}; "
+            "dataclasses.replace(pixels, name=...) gives another name"
+        )
+    sources = []
+    for each in data:
+        classes = np.unique(each.labels)
+        if len(classes) < ways:
+            raise ValueError(f"ways: {each.name} has {len(classes)} classes, fewer than {ways}")
+        members = {int(c): np.flatnonzero(each.labels == c) for c in classes}
+        class_names = each.class_names
+        if len(data) > 1:
+            class_names = tuple(f"{each.name}/{name}" for name in class_names)
+        sources.append(_Source(each.pixels, members, class_names))
+    return sources
+
+
 def _train_group(
     vit: ViT,
-    data: Pixels,
-    members: dict[int, np.ndarray],
+    sources: list[_Source],
     group: list[int],
     ranks: list[int],
     config: PretuneConfig,
@@ -97,7 +124,11 @@ def _train_group(
 ) -> list[LoRA]:
     device = vit.pos_embed.device
     rngs = [np.random.Generator(np.random.Philox(key=[seed, number])) for number in group]
-    tasks = [rng.choice(np.array(list(members)), config.ways, replace=False) for rng in rngs]
+    of = [sources[number % len(sources)] for number in group]
+    tasks = [
+        rng.choice(np.array(list(source.members)), config.ways, replace=False)
+        for rng, source in zip(rngs, of)
+    ]
     starts = [
         LoRA.init(
             vit.config, ranks[number], config.alpha, config.targets, seed=seed * 100_003 + number
@@ -112,16 +143,18 @@ def _train_group(
         tensor.requires_grad_()
     optimiser = torch.optim.Adam(trained, lr=config.lr)
     index = torch.arange(len(group), device=device).repeat_interleave(config.batch_size)
-    pools = [np.concatenate([members[int(c)] for c in task]) for task in tasks]
-    ways = [np.repeat(np.arange(config.ways), [len(members[int(c)]) for c in t]) for t in tasks]
+    images_of = [[source.members[int(c)] for c in task] for source, task in zip(of, tasks)]
+    pools = [np.concatenate(classes) for classes in images_of]
+    ways = [np.repeat(np.arange(config.ways), list(map(len, classes))) for classes in images_of]
     for step in range(config.steps):
         chosen = [rng.integers(len(rows), size=config.batch_size) for rng, rows in zip(rngs, pools)]
-        rows = torch.from_numpy(np.concatenate([r[c] for r, c in zip(pools, chosen)]))
+        rows = [torch.from_numpy(r[c]) for r, c in zip(pools, chosen)]
+        pixels = torch.cat([x.pixels[r.to(x.pixels.device)].to(device) for x, r in zip(of, rows)])
         target = torch.from_numpy(np.concatenate([w[c] for w, c in zip(ways, chosen)])).to(device)
         flips = torch.from_numpy(
             np.concatenate([rng.random(config.batch_size) < config.flip for rng in rngs])
         )
-        images = vit.normalise(data.pixels[rows.to(data.pixels.device)].to(device).float() / 255)
+        images = vit.normalise(pixels.float() / 255)
         images = torch.where(flips.to(device)[:, None, None, None], images.flip(-1), images)
         with autocast(device, precision):
             features = vit(images, stack, lora_index=index)
@@ -142,7 +175,7 @@ def _train_group(
             on_step(step + 1, values)
     return [
         _unstack(stack, i, start, Head(weight[i].detach().cpu(), bias[i].detach().cpu()),
-                 tuple(data.class_names[int(c)] for c in tasks[i]), f"{number:04d}")
+                 tuple(of[i].class_names[int(c)] for c in tasks[i]), f"{number:04d}")
         for i, (number, start) in enumerate(zip(group, starts, strict=True))
     ]  # fmt: skip
 

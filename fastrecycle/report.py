@@ -187,7 +187,7 @@ def _evaluations(run: Path) -> list[list[str]]:
                     file.name,
                     str(result.get("dataset", settings.get("dataset", ""))),
                     str(result.get("row", settings.get("lora", ""))),
-                    str(result["shots"]),
+                    "varying" if result["shots"] is None else str(result["shots"]),
                     f"{result['accuracy']:.2f} ± {result['ci95']:.2f}",
                     str(len(result["per_task"])),
                 ]

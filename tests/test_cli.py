@@ -15,6 +15,7 @@ from tiny import CONFIG, World, make, random_lora
 import fastrecycle
 from fastrecycle import cli, evaluate
 from fastrecycle.cli import COMMANDS, main, run_eval
+from fastrecycle.eval import evaluate_meta_dataset
 from fastrecycle.files import load_safetensors, sha256
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.run import RunFolder
@@ -184,6 +185,22 @@ def test_pretune_makes_a_bank_and_goes_on(world, tmp_path, capsys):
     assert "bank of 3 LoRAs" in capsys.readouterr().out
 
 
+def test_pretune_of_several_sets(world, tmp_path, capsys):
+    out, other = tmp_path / "bank", tmp_path / "other"
+    shutil.copytree(world.images, other)
+    arguments = [
+        "pretune", "--dataset", str(world.images), str(other), "--backbone", str(world.backbone),
+        "--num", "2", "--ways", "3", "--steps", "2", "--batch-size", "6", "--quiet",
+        "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    names = [lora.class_names[0].split("/")[0] for lora in LoRABank.load(out)]
+    assert names == ["images", "other"]
+    inputs = json.loads((out / "run.json").read_text())["inputs"]
+    assert set(inputs) == {"backbone", "dataset images", "dataset other"}
+    refused(capsys, [*arguments[:2], *arguments[4:]], "dataset: expected a name or path, got none")
+
+
 def same_lora(one, other) -> bool:
     files = [folder / "adapter_model.safetensors" for folder in (one, other)]
     first, second = (load_safetensors(file)[0] for file in files)
@@ -282,6 +299,32 @@ def test_eval_of_several_shots_and_an_archive(world, tmp_path, capsys):
     assert [result["shots"] for result in content["results"]] == [1, 5]
     assert "accuracy" not in content
     assert content["inputs"]["dataset"]["sha256"] == sha256(archive)
+
+
+def test_eval_on_varying_ways_and_shots(world, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    words = ["eval", "--dataset", str(world.images), "--backbone", str(world.backbone), "--lora",
+             "none", "--device", "cpu", "--quiet", "--tasks", "20", "--json", str(file),
+             "--protocol", "meta_dataset"]  # fmt: skip
+    assert main(words) == 0
+    assert "varying ways and shots" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    vit = ViT.from_pretrained(world.backbone)
+    expected = evaluate_meta_dataset(vit, None, world.images, tasks=20)
+    np.testing.assert_allclose(content["per_task"], expected.per_task)
+    assert (content["shots"], content["settings"]["protocol"]) == (None, "meta_dataset")
+    assert main([*words, "--shots", "5"]) == 2
+    assert "draws ways, shots and queries anew for each task" in capsys.readouterr().err
+
+
+def test_eval_takes_features_from_a_cache(world, tmp_path, monkeypatch):
+    cache, results = tmp_path / "cache", [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in results:
+        words = evaluation(world, "--embedding-cache", str(cache), "--json", str(file))
+        assert main(["eval", *words]) == 0
+        monkeypatch.setattr(ViT, "forward", None)  # nothing is embedded again
+    one, two = (json.loads(file.read_text()) for file in results)
+    assert one["per_task"] == two["per_task"]
 
 
 def test_eval_of_an_averaged_bank(world, tmp_path):

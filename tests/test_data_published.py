@@ -144,6 +144,41 @@ def test_published_names_are_said_where_a_set_is_absent(tmp_path):
         load_dataset("cub", data_root=tmp_path)
 
 
+# CIFAR-FS
+
+
+def cifar_fs(prefix="cifar100/"):
+    classes = {"train": ["apple", "train"], "val": ["beaver"], "test": ["baby", "worm"]}
+    names = [name for of in classes.values() for name in [*of]]
+    files = images(*(f"{prefix}data/{name}/{name[0]}_s_{i:06d}.png" for name in names
+                     for i in (1, 2)))  # fmt: skip
+    return files | {
+        f"{prefix}splits/bertinetto/{split}.txt": "\n".join(of) + "\n"
+        for split, of in classes.items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "cifar100/"])
+@pytest.mark.parametrize("file", ["cifar_fs", "cifar100.zip", "cifar100.tar"])
+def test_cifar_fs_is_split_by_its_lists(tmp_path, file, prefix):
+    pack(tmp_path / file, cifar_fs(prefix))
+    train = load_dataset("cifar_fs", "train", tmp_path)
+    assert train.class_names == ("apple", "train")  # a class, no split
+    assert reds(train) == [0, 1, 2, 3]
+    assert load_dataset("cifar_fs", "val", tmp_path).class_names == ("beaver",)
+    assert load_dataset("cifar_fs", "test", tmp_path).class_names == ("baby", "worm")
+
+
+def test_cifar_fs_with_lists_that_do_not_fit_is_rejected(tmp_path):
+    lists = "splits/bertinetto/{}.txt"
+    pack(tmp_path / "cifar_fs", cifar_fs("") | {lists.format("val"): "apple\n"})
+    with pytest.raises(ValueError, match=r"val.txt has the class apple, which train.txt has too"):
+        load_dataset("cifar_fs", data_root=tmp_path)
+    (tmp_path / "cifar_fs" / lists.format("val")).write_text("beaver\nfox\n")
+    with pytest.raises(FileNotFoundError, match="no image of the listed class fox"):
+        load_dataset("cifar_fs", data_root=tmp_path)
+
+
 # Oxford Flowers-102
 
 

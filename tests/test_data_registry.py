@@ -1,8 +1,10 @@
 """Registered sets: where they are looked for, what is said when absent, and downloads."""
 
+import re
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,7 +262,12 @@ def test_the_real_torchvision_takes_the_arguments_given_here():
         ("cifar_fs", "test", 6000, 20),
         ("isic", "test", 1239, 5),
         ("omniglot", "test", 4000, 200),
-        ("tiny_imagenet", "train", 24030, 178),
+        ("omniglot_alphabets", "train", 1880, 94),
+        ("omniglot_alphabets", "val", 640, 32),
+        ("omniglot_alphabets", "test", 1480, 74),
+        ("tiny_imagenet", "train", 114 * 135, 114),
+        ("tiny_imagenet", "val", 32 * 135, 32),
+        ("tiny_imagenet", "test", 32 * 135, 32),
     ],
 )
 def test_real_archives_are_read_as_they_lie(data_root, name, split, images, classes):
@@ -286,3 +293,30 @@ def test_the_class_split_of_downloads_is_that_of_the_archives(data_root):
 
     for split, names in _CIFAR_FS.items():
         assert load_dataset("cifar_fs", split, data_root).class_names == tuple(names)
+
+
+# The page for users
+
+
+def table_rows():
+    """First cell (without `), and the cell of class numbers, of the tables in docs/datasets.md."""
+    page = Path(__file__).parents[1] / "docs" / "datasets.md"
+    prefix = ""
+    for line in page.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `meta_dataset/`"):
+            prefix = "meta_dataset/"
+        elif line.startswith("| name"):
+            prefix = ""
+        elif line.startswith("| `"):
+            sizes = next((c for c in cells if re.fullmatch(r"[-\d]+ / [-\d]+ / [-\d]+", c)), None)
+            yield prefix + cells[0].strip("`"), sizes
+
+
+def test_the_page_lists_every_set_with_its_classes():
+    listed = dict(table_rows())
+    assert set(listed) == set(DATASETS)
+    for name, info in DATASETS.items():
+        if info.classes:
+            sizes = (str(info.classes.get(split, "-")) for split in ("train", "val", "test"))
+            assert listed[name] == " / ".join(sizes), name

@@ -10,8 +10,16 @@ import toys
 from PIL import Image
 from sklearn.neighbors import NearestCentroid
 
-from fastrecycle.data import episodes, load_dataset
-from fastrecycle.eval import Pixels, Result, decode, embed, evaluate, score_episodes
+from fastrecycle.data import Groups, episodes, load_dataset, meta_dataset_episodes
+from fastrecycle.eval import (
+    Pixels,
+    Result,
+    decode,
+    embed,
+    evaluate,
+    evaluate_meta_dataset,
+    score_episodes,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 SHAPE = {"ways": 3, "shots": 2, "queries": 4, "tasks": 20}
@@ -193,3 +201,39 @@ def test_rejects_what_does_not_fit(tmp_path):
     nan.b["v"][0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         evaluate(vit, nan, data, **SHAPE)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_varying_tasks_match_scikit_learn(distance):
+    vit, (images, labels) = toys.vit(), pictures(classes=8, per_class=12)
+    keep = np.concatenate([np.flatnonzero(labels == c)[: 4 + c] for c in range(8)])
+    images, labels = images[keep], labels[keep]
+    result = evaluate_meta_dataset(vit, None, (images, labels), tasks=20, distance=distance)
+    tasks = meta_dataset_episodes(labels, 20, 0)
+    with torch.no_grad():
+        features = vit(vit.transform([Image.fromarray(i) for i in images])).numpy()
+    for number in range(20):
+        task = tasks.task(number)
+        with np.errstate(invalid="ignore"):
+            known = NearestCentroid().fit(features[task.support], task.support_ways)
+        query = features[task.query]
+        if distance == "cosine":
+            unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, known.centroids_)]
+            guess = (unit[0] @ unit[1].T).argmax(1)
+        else:
+            guess = known.predict(query)
+        assert result.per_task[number] == pytest.approx(100 * (guess == task.query_ways).mean())
+    assert 20 < result.accuracy < 100
+
+
+def test_varying_tasks_take_decoded_images_and_groups():
+    vit, data = toys.vit(), pictures(classes=12, per_class=6)
+    pixels = decode(vit, data)
+    plain = evaluate_meta_dataset(vit, None, data, tasks=15)
+    assert plain.per_task == pytest.approx(
+        evaluate_meta_dataset(vit, None, pixels, tasks=15).per_task, abs=100 / 15
+    )
+    grouped = replace(pixels, groups=Groups((tuple(range(5)), tuple(range(5, 12))), "all"))
+    assert grouped.to("cpu").groups is grouped.groups
+    other = evaluate_meta_dataset(vit, None, grouped, tasks=15)
+    assert not np.array_equal(other.per_task, plain.per_task)

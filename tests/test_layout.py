@@ -13,9 +13,9 @@ PACKAGE = ROOT / "fastrecycle"
 # Data flows down this list: at import, a module takes only from those above it.
 ORDER = [
     "config", "files", "augment", "capture", "pruning", "ops", "lora", "peft_format", "vit",
-    "weights", "sources", "prior", "pool", "inversion", "classifier", "metatrain", "data", "eval",
-    "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report", "info",
-    "options", "demo", "cli",
+    "weights", "sources", "prior", "pool", "inversion", "classifier", "metatrain", "data",
+    "embedding_cache", "eval", "baselines", "pretune", "inputs", "run", "recycler", "report",
+    "bench_report", "info", "options", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {

@@ -1,5 +1,7 @@
 """Pre-tuning: LoRAs side by side train as each would alone, and learn their task."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,54 @@ def test_rejects_settings_that_do_not_fit():
             config(**changes)
     with pytest.raises(ValueError, match="targets: expected some of q, k, v"):
         pretune(toys.vit(), coloured(), config(targets=("w",)))
+
+
+def two_sets():
+    one = coloured()
+    other = replace(coloured(classes=4, per_class=20), name="other")
+    return one, replace(other, pixels=255 - other.pixels)
+
+
+def test_several_sets_take_turns_and_their_classes_are_told_apart():
+    bank = pretune(toys.vit(), two_sets(), config(num=4, steps=2))
+    of = [{name.split("/")[0] for name in lora.class_names} for lora in bank]
+    assert of == [{"coloured"}, {"other"}, {"coloured"}, {"other"}]
+    assert all(name.split("/")[1].startswith("class ") for name in bank[1].class_names)
+    # one set keeps its class names
+    (alone,) = pretune(toys.vit(), [coloured()], config(num=1, steps=2))
+    assert all("/" not in name for name in alone.class_names)
+
+
+def test_a_lora_of_several_sets_is_the_one_of_its_set_alone():
+    vit, (one, other) = toys.vit(), two_sets()
+    mixed = pretune(vit, [one, other], config(num=4, group=4))
+    for number, alone in ((0, one), (2, one), (1, other), (3, other)):
+        skipped = frozenset(range(4)) - {number}
+        (lora,) = pretune(vit, alone, config(num=4, group=1), done=skipped)
+        assert_close(mixed[number], lora, atol=1e-4)  # see side by side
+        names = tuple(f"{alone.name}/{name}" for name in lora.class_names)
+        assert mixed[number].class_names == names
+
+
+def test_ranks_are_dealt_out_within_each_set():
+    bank = pretune(toys.vit(), two_sets(), config(num=8, rank=(1, 3), steps=1, group=8))
+    assert [lora.rank for lora in bank] == [1, 1, 3, 3] * 2
+
+
+def test_sets_that_do_not_fit_are_rejected():
+    one, other = two_sets()
+    with pytest.raises(ValueError, match=r"different names, got \['coloured', 'coloured'\]"):
+        pretune(toys.vit(), [one, coloured()], config())
+    with pytest.raises(ValueError, match="expected at least one data set"):
+        pretune(toys.vit(), [], config())
+    with pytest.raises(ValueError, match="other has 4 classes, fewer than 5"):
+        pretune(toys.vit(), [one, other], config(ways=5))
+
+
+def test_classes_of_two_sets_with_one_name_make_one_task():
+    """Cross-task interpolation may put both in a task, as the classes that they are."""
+    from fastrecycle.pool import SyntheticPool
+
+    bank = pretune(toys.vit(), two_sets(), config(num=2, steps=1))
+    parts = [toys.task_images(i, names=lora.class_names) for i, lora in enumerate(bank)]
+    assert len(SyntheticPool(parts).class_names) == 6

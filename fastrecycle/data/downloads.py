@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fastrecycle.data.images import ArrayImages, FileImages, ImageDataset
-from fastrecycle.data.layouts import Row, read_rows
+from fastrecycle.data.assemble import dataset_of_rows
+from fastrecycle.data.images import ArrayImages, ImageDataset
+from fastrecycle.data.layouts import read_rows
 from fastrecycle.data.published import read_published
 from fastrecycle.data.stores import Folder
 
@@ -112,7 +113,9 @@ def _vgg_flower(root: Path, split: str, fetch: bool) -> ImageDataset:
             "download=True"
         )
     rows, readable = published
-    return _of_rows("vgg_flower", split, store, [r for r in rows if r.split == split], readable)
+    return dataset_of_rows(
+        "vgg_flower", split, store, [r for r in rows if r.split == split], readable
+    )
 
 
 def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
@@ -120,19 +123,4 @@ def _eurosat(root: Path, split: str, fetch: bool) -> ImageDataset:
     if fetch:
         _torchvision("eurosat", "EuroSAT", root, download=True)
     store = Folder(root / _FOLDERS["eurosat"])
-    return _of_rows("eurosat", split, store, read_rows(store), {})
-
-
-def _of_rows(
-    name: str, split: str, store: Folder, rows: list[Row], readable: dict[str, str]
-) -> ImageDataset:
-    names = sorted({row.label for row in rows})
-    files = [row.file for row in rows]
-    return ImageDataset(
-        name=name,
-        split=split,
-        class_names=tuple(readable.get(label, label) for label in names),
-        labels=np.array([names.index(row.label) for row in rows], dtype=np.int64),
-        files=files,
-        pixels=FileImages(store, files),
-    )
+    return dataset_of_rows("eurosat", split, store, read_rows(store), {})

@@ -89,22 +89,17 @@ def episodes(
         ValueError: a count out of range, fewer classes than `ways`, or a class too small.
 
     """
-    for name, value, least in (
-        ("ways", ways, 1),
-        ("shots", shots, 1),
-        ("queries", queries, 0),
-        ("tasks", tasks, 1),
-        ("seed", seed, 0),
-        ("min_images", 0 if min_images is None else min_images, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"episodes: {name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"episodes: {name} must be at least {least}, got {value}")
-    if seed >= 2**64:
-        raise ValueError(f"episodes: seed must be below 2**64, got {seed}")
+    check_counts(
+        "episodes",
+        ways=(ways, 1),
+        shots=(shots, 1),
+        queries=(queries, 0),
+        tasks=(tasks, 1),
+        seed=(seed, 0),
+        min_images=(0 if min_images is None else min_images, 0),
+    )
 
-    members = _members(labels)
+    members = members_of(labels)
     need = shots + queries
     if min_images is not None:
         members = {label: index for label, index in members.items() if len(index) >= min_images}
@@ -140,7 +135,24 @@ def episodes(
     )
 
 
-def _members(labels: Any) -> dict[int, np.ndarray]:
+def check_counts(where: str, **counts: tuple[Any, int]) -> None:
+    """Raise unless each (value, least) is an integer of at least this, and a seed fits 64 bits.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+
+    """
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+        if name == "seed" and value >= 2**64:
+            raise ValueError(f"{where}: seed must be below 2**64, got {value}")
+
+
+def members_of(labels: Any) -> dict[int, np.ndarray]:
     """Label -> (n,) indices of its images, both in rising order."""
     array = np.asarray(labels)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":

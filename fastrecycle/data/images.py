@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastrecycle.data.groups import Groups
 from fastrecycle.data.stores import Store
 
 # What Pillow may try on a file of any content. Left out on purpose: EPS runs Ghostscript.
@@ -34,6 +35,7 @@ class ImageDataset:
         labels: (N,) int64.
         files: where each image lies, for messages.
         pixels: images by index, of any mode.
+        groups: of classes, where Meta-Dataset draws the classes of a task from one of them.
 
     """
 
@@ -41,8 +43,9 @@ class ImageDataset:
     split: str
     class_names: tuple[str, ...]
     labels: np.ndarray
-    files: list[str]
+    files: Sequence[str]
     pixels: Sequence[Image.Image]
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         """Number of images, N."""
@@ -69,6 +72,35 @@ class ImageDataset:
             digest.update(stored.read(index) if stored else self.open(index).tobytes())
         return digest.hexdigest()
 
+    def digests(self, indices: Any, workers: int | None = None) -> np.ndarray:
+        """SHA-256 of each image's file, or of its size and RGB pixels where it has none.
+
+        Args:
+            indices: (n,) integers in [0, N).
+            workers: see `images`.
+
+        Returns:
+            (n, 32) uint8.
+
+        Raises:
+            IndexError, ValueError: see `images`.
+
+        """
+        stored = self.pixels if isinstance(self.pixels, FileImages) else None
+
+        def digest(index: int) -> Tensor:
+            if stored is not None:
+                content = b"file\0" + stored.read(index)
+            else:
+                image = self.open(index)
+                content = f"pixels {image.size}\0".encode() + image.tobytes()
+            return torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
+
+        order, workers = self._checked(indices, workers)
+        with contextlib.closing(_ahead(digest, order, workers, 4 * (workers + 1))) as found:
+            rows = list(found)
+        return torch.stack(rows).numpy() if rows else np.empty((0, 32), np.uint8)
+
     def images(
         self,
         indices: Any,
@@ -91,6 +123,13 @@ class ImageDataset:
             ValueError: a broken file, or a transform that fails or changes shape; names the file.
 
         """
+        order, workers = self._checked(indices, workers)
+        if batch_size < 1:
+            raise ValueError(f"{self.name}: batch_size must be at least 1, got {batch_size}")
+        return self._batches(order, transform, batch_size, workers)
+
+    def _checked(self, indices: Any, workers: int | None) -> tuple[list[int], int]:
+        """Indices as a list, and the number of threads."""
         order = np.asarray(indices)
         if order.size == 0:
             order = order.astype(np.int64)
@@ -102,13 +141,11 @@ class ImageDataset:
         if order.size and (order.min() < 0 or order.max() >= len(self)):
             wrong = order.max() if order.max() >= len(self) else order.min()
             raise IndexError(f"{self.name}: index must be in [0, {len(self)}), got {wrong}")
-        if batch_size < 1:
-            raise ValueError(f"{self.name}: batch_size must be at least 1, got {batch_size}")
         if workers is None:
             workers = min(8, os.cpu_count() or 1)
         if workers < 0:
             raise ValueError(f"{self.name}: workers must be at least 0, got {workers}")
-        return self._batches([int(i) for i in order], transform, batch_size, workers)
+        return [int(i) for i in order], workers
 
     def _batches(
         self,

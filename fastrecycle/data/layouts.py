@@ -74,6 +74,8 @@ def find_tables(store: Store) -> list[str]:
 def read_class_names(store: Store) -> dict[str, str]:
     """Folder name -> readable name from class_names.json at the root or one folder down.
 
+    Without one, from ImageNet's words.txt (`n00001740<tab>entity, ...`), of which the first word.
+
     Raises:
         ValueError: not a JSON object of strings.
 
@@ -91,7 +93,12 @@ def read_class_names(store: Store) -> dict[str, str]:
                     f"load_dataset: {store.path}: {name} must map folder names to class names"
                 )
             return names
-    return {}
+    words = [n for n in store.names if n.rsplit("/", 1)[-1] == "words.txt" and n.count("/") <= 1]
+    if not words:
+        return {}
+    text = store.read(words[0]).decode("utf-8", errors="replace")
+    pairs = (line.split("\t", 1) for line in text.splitlines() if "\t" in line)
+    return {label: name.split(",")[0].strip() for label, name in pairs}
 
 
 def _folder_rows(store: Store) -> list[Row]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,11 @@ import numpy as np
 
 from fastrecycle.data import downloads
 from fastrecycle.data.arrays import from_arrays
-from fastrecycle.data.images import FileImages, ImageDataset
+from fastrecycle.data.assemble import dataset_of_rows
+from fastrecycle.data.class_splits import read_class_split, split_by_class
+from fastrecycle.data.exports import read_source
+from fastrecycle.data.groups import alphabet, alphabets
+from fastrecycle.data.images import ImageDataset
 from fastrecycle.data.layouts import (
     SPLITS,
     Row,
@@ -22,8 +25,8 @@ from fastrecycle.data.layouts import (
     read_rows,
     split_name,
 )
-from fastrecycle.data.published import read_class_folders, read_published
-from fastrecycle.data.registry import DATASETS, absent, find_files, find_root
+from fastrecycle.data.published import read_characters, read_class_folders, read_published
+from fastrecycle.data.registry import DATASETS, DatasetInfo, absent, find_files, find_root
 from fastrecycle.data.stores import Folder, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -85,9 +88,11 @@ def _registered(
     found = None if root is None else find_files(name, split, root)
     if found is not None:
         path, of_split = found
-        dataset = _from_store(
-            open_store(path), split, name=name, within=info.within, of_split=of_split
-        )
+        store = open_store(path)
+        if name.startswith("meta_dataset/"):
+            dataset = read_source(name, store, split, info.within, of_split)
+        else:
+            dataset = _from_store(store, split, name=name, info=info, of_split=of_split)
     elif root is not None and info.download and (download or downloads.present(name, root)):
         dataset = downloads.load(name, root, split, fetch=download)
     elif download and info.download is None:
@@ -128,21 +133,27 @@ def _from_store(
     *,
     name: str,
     table: str | None = None,
-    within: tuple[str, ...] = (),
+    info: DatasetInfo | None = None,
     of_split: bool = False,
 ) -> ImageDataset:
     """Rows of the split; `of_split`: the file's name says that it holds this split alone."""
     where = store.path if table is None else store.path / table
     rows: list[Row] | None = None
     readable: dict[str, str] = {}
-    if table is None and not find_tables(store):  # the user's own table goes first
+    own_table = table is not None or bool(find_tables(store))
+    if not own_table:  # the user's own table goes first
         published = read_published(store)
         if published is not None:
             rows, readable = published
-        elif within:
-            rows = read_class_folders(store, within)
+        elif info is not None and info.characters:
+            rows = read_characters(store)
+        elif info is not None and info.within:
+            rows = read_class_folders(store, info.within)
     if rows is None:
         rows = read_rows(store, table)
+    if info is not None and info.class_split is not None and not own_table:
+        key = alphabet if info.characters else str
+        rows = split_by_class(rows, read_class_split(info.class_split), where, key)
     splits = sorted({row.split for row in rows if row.split is not None})
     if splits and split not in splits:
         raise ValueError(
@@ -154,28 +165,8 @@ def _from_store(
         _say_once(f"{where} has no splits: train, val and test are all of it")
     if table is None:
         readable = readable | read_class_names(store)
-    labels = sorted({row.label for row in rows})
-    code = {label: index for index, label in enumerate(labels)}
-    files = [row.file for row in rows]
-    store.hold(files)
-    return ImageDataset(
-        name=name,
-        split=split,
-        class_names=_readable(labels, readable),
-        labels=np.array([code[row.label] for row in rows], dtype=np.int64),
-        files=files,
-        pixels=FileImages(store, files),
-    )
-
-
-def _readable(labels: list[str], readable: dict[str, str]) -> tuple[str, ...]:
-    """Readable class names; where two folders share one (ImageNet's crane), with the folder."""
-    names = [readable.get(label, label) for label in labels]
-    count = Counter(names)
-    return tuple(
-        name if count[name] == 1 else f"{name} ({label})"
-        for name, label in zip(names, labels, strict=True)
-    )
+    group = alphabets if info is not None and info.characters else None
+    return dataset_of_rows(name, split, store, rows, readable, group)
 
 
 def _digits(split: str) -> ImageDataset:

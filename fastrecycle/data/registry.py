@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrecycle.data.layouts import split_spellings
+from fastrecycle.data.layouts import SPLITS, split_spellings
+from fastrecycle.data.meta_dataset import SOURCES
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
 
 ROOT_VARIABLE = "FASTRECYCLE_DATA"
@@ -24,6 +25,8 @@ class DatasetInfo:
         folders: its folders or archives as published, found under these names too.
         within: where it has one of these folders, only the class folders in it are read.
         packaged: a dependency ships it, so no file is looked for.
+        class_split: the recorded split of its classes (`splits/NAME.txt`), whatever its folders.
+        characters: its classes are Omniglot's characters, which belong to alphabets.
 
     """
 
@@ -34,7 +37,11 @@ class DatasetInfo:
     folders: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
     packaged: bool = False
+    class_split: str | None = None
+    characters: bool = False
 
+
+_OMNIGLOT_URL = "https://github.com/brendenlake/omniglot"
 
 DATASETS: dict[str, DatasetInfo] = {
     "cifar_fs": DatasetInfo(
@@ -42,6 +49,7 @@ DATASETS: dict[str, DatasetInfo] = {
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
         classes={"train": 64, "val": 16, "test": 20},
         download="CIFAR100",
+        folders=("cifar100",),
     ),
     "mini_imagenet": DatasetInfo(
         title="mini-ImageNet in Ravi and Larochelle's class split",
@@ -52,7 +60,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "vgg_flower": DatasetInfo(
         title="VGG-Flower: Oxford Flowers-102",
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        classes={"train": 71, "val": 16, "test": 15},
+        classes={"train": 71, "val": 15, "test": 16},
         download="Flowers102",
     ),
     "cub": DatasetInfo(
@@ -89,12 +97,23 @@ DATASETS: dict[str, DatasetInfo] = {
         within=("dataset/train", "raw/color"),
     ),
     "omniglot": DatasetInfo(
-        title="Omniglot",
-        url="https://github.com/brendenlake/omniglot",
+        title="Omniglot: background characters for training, evaluation characters for testing",
+        url=_OMNIGLOT_URL,
+        characters=True,
+    ),
+    "omniglot_alphabets": DatasetInfo(
+        title="Omniglot's evaluation characters, split by alphabets",
+        url=_OMNIGLOT_URL,
+        folders=("omniglot", "omniglot_test"),
+        class_split="omniglot_alphabets",
+        characters=True,
     ),
     "tiny_imagenet": DatasetInfo(
-        title="Tiny ImageNet",
+        title="Tiny ImageNet, 178 of its classes, split by class",
         url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        classes={"train": 114, "val": 32, "test": 32},
+        folders=("tiny-imagenet-200",),
+        class_split="tiny_imagenet",
     ),
     "digits": DatasetInfo(
         title="Optical recognition of handwritten digits, 8x8 gray",
@@ -103,6 +122,42 @@ DATASETS: dict[str, DatasetInfo] = {
         packaged=True,
     ),
 }
+
+
+def _source(
+    name: str, title: str, url: str, folders: tuple[str, ...] = (), within: tuple[str, ...] = ()
+) -> tuple[str, DatasetInfo]:
+    """A source of Meta-Dataset: class folders, or the HDF5 files of Hu et al., 2022 (P>M>F)."""
+    sizes = zip(SPLITS, SOURCES[name].classes, strict=True)
+    return f"meta_dataset/{name}", DatasetInfo(
+        title=f"Meta-Dataset's {title}",
+        url=url,
+        classes={split: size for split, size in sizes if size},
+        folders=(f"meta_dataset_h5/{name}", *folders),
+        within=within,
+    )
+
+
+# fmt: off
+DATASETS.update([
+    _source("ilsvrc_2012", "ImageNet ILSVRC-2012", "https://image-net.org/challenges/LSVRC/2012/",
+            ("ILSVRC2012_img_train",), ("ILSVRC2012_img_train",)),
+    _source("omniglot", "Omniglot", _OMNIGLOT_URL),
+    _source("aircraft", "FGVC-Aircraft, cropped to its boxes",
+            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"),
+    _source("cu_birds", "CUB-200-2011", "https://www.vision.caltech.edu/datasets/cub_200_2011/",
+            ("CUB_200_2011",), ("images",)),
+    _source("dtd", "Describable Textures", "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+            ("dtd",), ("images",)),
+    _source("quickdraw", "Quick, Draw!", "https://quickdraw.withgoogle.com/data"),
+    _source("fungi", "FGVCx Fungi 2018", "https://github.com/visipedia/fgvcx_fungi_comp"),
+    _source("vgg_flower", "Oxford Flowers-102",
+            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", ("vgg_flower",)),
+    _source("traffic_sign", "GTSRB, training images", "https://benchmark.ini.rub.de/",
+            ("GTSRB",), ("Final_Training/Images",)),
+    _source("mscoco", "COCO 2017, cropped to its boxes", "https://cocodataset.org/"),
+])
+# fmt: on
 
 
 def find_root(data_root: str | Path | None) -> Path | None:
