@@ -62,7 +62,7 @@ def rows(preset: str, ways: dict[str, object], repeats: int, only: str) -> list[
             continue
         for x, make in points.items():
             for name, way in ways.items():
-                step, peak, _ = build(make, way)
+                step, peak, *_ = build(make, way)
                 time = measure({name: step}, repeats, graph=False)[name]
                 found.append({"curve": curve, "x": x, "variant": name, "ms": time.median_ms,
                               "p20_ms": time.p20_ms, "p80_ms": time.p80_ms,
@@ -75,7 +75,7 @@ def rows(preset: str, ways: dict[str, object], repeats: int, only: str) -> list[
 @pytest.mark.parametrize("loras", [1, 2])
 def test_inversion_of_several(benchmark, loras):
     make: Callable = partial(inversion, prune={}, prior=False, tasks=loras)
-    step, _, _ = build(make, WAYS_OF["ours" if on_gpu() else "reference"])
+    step, *_ = build(make, WAYS_OF["ours" if on_gpu() else "reference"])
     benchmark.pedantic(step, rounds=5 if on_gpu() else 1)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -131,8 +132,8 @@ def meta(way: Way, sparsity: float) -> MetaTrainer:
 FIRST = 10 if on_gpu() else 4  # steps whose losses are compared
 
 
-def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
-    """A step, warm; the peak memory of the first ones in GiB; their losses."""
+def build(make: Make, way: Way) -> tuple[Callable, float, Tensor, float]:
+    """A step, warm; the peak memory of the first ones in GiB; their losses; seconds until then."""
     torch.manual_seed(0)
     before = 0
     if on_gpu():
@@ -140,6 +141,7 @@ def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
     stage = make(way)
 
     def step() -> Tensor:
@@ -148,7 +150,7 @@ def build(make: Make, way: Way) -> tuple[Callable, float, Tensor]:
 
     losses = torch.tensor([step().float().mean().item() for _ in range(FIRST)])
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu() else 0.0
-    return step, peak, losses
+    return step, peak, losses, time.perf_counter() - start
 
 
 def check(curves: dict[str, Tensor]) -> None:
@@ -277,15 +279,17 @@ def settings(loop: str, without_prior: bool) -> list[Setting]:
     ]  # fmt: skip
 
 
-def rows(loop: str, ways: dict[str, Way], repeats: int, chosen: list[Setting]) -> list[dict]:
-    """One row a setting and variant; ratios are against the reference and against compile."""
-    found: list[dict] = []
+def rows(
+    loop: str, ways: dict[str, Way], repeats: int, chosen: list[Setting]
+) -> Iterator[list[dict]]:
+    """One row a variant, of each setting in turn; ratios are against the reference and compile."""
     ways = {"reference": WAYS_OF["reference"], "reference, bf16": WAYS_OF["reference, bf16"]} | ways
     for setting in chosen:
         built = {name: build(setting.make, way) for name, way in ways.items()}
-        check({name: losses for name, (_, _, losses) in built.items()})
-        times = measure({n: step for n, (step, _, _) in built.items()}, repeats, graph=False)
+        check({name: losses for name, (_, _, losses, _) in built.items()})
+        times = measure({n: step for n, (step, *_) in built.items()}, repeats, graph=False)
         floor = setting.floor()
+        found = []
         for name, time in times.items():
             over = {
                 f"x {other}": times[other].median_ms / time.median_ms
@@ -295,13 +299,13 @@ def rows(loop: str, ways: dict[str, Way], repeats: int, chosen: list[Setting]) -
             found.append({
                 "setting": setting.name, "variant": name, "ms": time.median_ms,
                 "p20_ms": time.p20_ms, "p80_ms": time.p80_ms, "it/s": 1000 / time.median_ms,
-                "GiB": built[name][1], "GFLOPs": setting.gflops, **over,
+                "GiB": built[name][1], "first steps_s": built[name][3], "GFLOPs": setting.gflops,
+                **over,
                 "floor_ms": floor, "of floor": floor / time.median_ms,
                 "paper it/s": PAPER[loop].get(setting.name, ""),
             })  # fmt: skip
-        print(table(found[-len(times) :]), flush=True)
+        yield found
         del built
-    return found
 
 
 @pytest.mark.parametrize("loop", ["inversion", "meta"])
@@ -310,7 +314,7 @@ def test_steps(benchmark, loop):
     way = WAYS_OF["ours" if on_gpu() else "reference"]
     options = {"prune": {6: 0.75}, "prior": True} if loop == "inversion" else {"sparsity": 0.75}
     make = partial(inversion if loop == "inversion" else meta, **options)
-    step, _, _ = build(make, way)
+    step, *_ = build(make, way)
 
     def timed() -> None:
         step()
@@ -334,10 +338,10 @@ def main() -> None:
     if options.settings:
         chosen = [chosen[int(i)] for i in options.settings]
     ways = {name: WAYS_OF[name] for name in options.ways if on_gpu() or "ours" not in name}
-    found = rows(options.loop, ways, options.repeats, chosen)
-    print(table(found))
-    if options.record:
-        record(f"steps_{options.loop}", found)
+    for found in rows(options.loop, ways, options.repeats, chosen):
+        print(table(found), flush=True)
+        if options.record:  # one by one: a run that is cut short leaves what it has
+            record(f"steps_{options.loop}", found)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,22 @@ def read_record(path: Path) -> list[Record]:
 
 
 def latest(runs: Sequence[Record]) -> list[Record]:
-    """The last run on each kind of device, in order."""
-    by_device = {str(run["machine"].get("device")): run for run in runs}
+    """The last run on each kind of device, in order.
+
+    Runs of one machine, versions and commit are parts of one: a later row of the same setting and
+    variant takes the place of an earlier one.
+    """
+    same = lambda run: {k: v for k, v in run["machine"].items() if k != "time"}  # noqa: E731
+    by_device: dict[str, Record] = {}
+    for run in runs:
+        device = str(run["machine"].get("device"))
+        before = by_device.get(device)
+        if before is None or same(before) != same(run):
+            by_device[device] = run
+            continue
+        again = {(row.get("setting"), row.get("variant")) for row in run["rows"]} - {(None, None)}
+        kept = [r for r in before["rows"] if (r.get("setting"), r.get("variant")) not in again]
+        by_device[device] = {**run, "rows": kept + run["rows"]}
     return list(by_device.values())
 
 

@@ -25,13 +25,16 @@ def write(folder, name, *runs):
 def results(tmp_path):
     folder = tmp_path / "results"
     old = [step_row("0.75", "reference", 999.0)]
-    new = [
+    part = [
         step_row("0.0", "reference", 200.0),
         step_row("0.0", "ours", 20.0, **{"x reference": 10.0}),
+    ]
+    new = [
         step_row("0.75", "reference", 50.0),
         step_row("0.75", "ours", 4.0, **{"x reference": 12.5, "x compile": 1.75}),
     ]
-    write(folder, "steps_meta", ({}, old), ({}, new))
+    runs = ({"commit": "a"}, old), ({"time": "1"}, part), ({"time": "2"}, new)
+    write(folder, "steps_meta", *runs)
     curve = [{"curve": "rank", "x": x, "variant": "ours", "ms": 2.0 + x, "GiB": 1} for x in (1, 4)]
     write(folder, "curves", ({}, curve))
     write(folder, "host", ({}, [{"call": "draw", "ours_ms": 1.25}]))
@@ -42,7 +45,7 @@ def test_benchmarks_lists_every_record_and_plots_steps(results, tmp_path, capsys
     out = tmp_path / "out"
     assert main(["report", "benchmarks", "--results", str(results), "--out", str(out)]) == 0
     text = (out / "benchmarks.md").read_text()
-    assert "a GPU, torch 2.11" in text
+    assert "a GPU, torch 2.11, time 2" in text
     assert "| draw | 1.25 |" in text
     assert "10.00x" in text
     assert "1.75x" in text
