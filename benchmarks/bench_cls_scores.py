@@ -41,16 +41,16 @@ def case(images: int, tokens: int, count: int, heads: int = 12, compile: bool = 
     variants = {}
     for group in (1, 3, heads):
         variants[f"ours, {group} heads a program"] = lambda i, group=group: (
-            lambda: kernels.cls_scores(q[i], k[i], group=group)
+            lambda: kernels.cls_scores(q[i % n], k[i % n], group=group)
         )
         variants[f"ours, {group} heads, and top"] = lambda i, group=group: (
-            lambda: kernels.cls_top_patches(q[i], k[i], count, group=group)
+            lambda: kernels.cls_top_patches(q[i % n], k[i % n], count, group=group)
         )
-    variants["eager"] = lambda i: lambda: reference.cls_scores(q[i], k[i])
-    variants["eager, and top"] = lambda i: lambda: both(q[i], k[i], count)
+    variants["eager"] = lambda i: lambda: reference.cls_scores(q[i % n], k[i % n])
+    variants["eager, and top"] = lambda i: lambda: both(q[i % n], k[i % n], count)
     if on_gpu() and compile:
         traced = torch.compile(both, fullgraph=True, dynamic=False)
-        variants["compiled, and top"] = lambda i: lambda: traced(q[i], k[i], count)
+        variants["compiled, and top"] = lambda i: lambda: traced(q[i % n], k[i % n], count)
 
     def check():
         want = reference.cls_scores(q[0], k[0])

@@ -290,18 +290,18 @@ def rows(
         times = measure({n: step for n, (step, *_) in built.items()}, repeats, graph=False)
         floor = setting.floor()
         found = []
-        for name, time in times.items():
+        for name, timing in times.items():
             over = {
-                f"x {other}": times[other].median_ms / time.median_ms
+                f"x {other}": times[other].median_ms / timing.median_ms
                 for other in ("reference", "compile")
                 if other in times
             }
             found.append({
-                "setting": setting.name, "variant": name, "ms": time.median_ms,
-                "p20_ms": time.p20_ms, "p80_ms": time.p80_ms, "it/s": 1000 / time.median_ms,
+                "setting": setting.name, "variant": name, "ms": timing.median_ms,
+                "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms, "it/s": 1000 / timing.median_ms,
                 "GiB": built[name][1], "first steps_s": built[name][3], "GFLOPs": setting.gflops,
                 **over,
-                "floor_ms": floor, "of floor": floor / time.median_ms,
+                "floor_ms": floor, "of floor": floor / timing.median_ms,
                 "paper it/s": PAPER[loop].get(setting.name, ""),
             })  # fmt: skip
         yield found
