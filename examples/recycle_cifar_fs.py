@@ -91,8 +91,8 @@ class Common:
     work: Path = Path("runs/cifar_fs")
     # Seed of the stage.
     seed: int = 0
-    # bf16 or fp32.
-    precision: Literal["bf16", "fp32"] = "bf16"
+    # bf16, fp32, or fp8 for meta-training.
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     # triton, compile or reference.
     backend: Literal["triton", "compile", "reference"] = "compile"
     # cuda or cpu.
