@@ -12,10 +12,11 @@ PACKAGE = ROOT / "fastrecycle"
 
 # Data flows down this list: at import, a module takes only from those above it.
 ORDER = [
-    "config", "files", "augment", "capture", "pruning", "ops", "lora", "peft_format", "vit",
-    "weights", "sources", "prior", "pool", "inversion", "classifier", "metatrain", "data",
-    "embedding_cache", "eval", "baselines", "pretune", "inputs", "run", "recycler", "report",
-    "bench_report", "info", "options", "demo", "cli",
+    "config", "files", "augment", "capture", "pruning", "positions", "ops", "pooling", "lora",
+    "peft_format", "vit", "layouts", "conventions", "weights", "sources", "prior", "pool",
+    "inversion", "classifier", "metatrain", "data", "embedding_cache", "eval", "baselines",
+    "pretune", "inputs", "run", "recycler", "report", "bench_report", "info", "options", "demo",
+    "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
