@@ -189,7 +189,18 @@ def _download_failed(source: str, error: Exception) -> OSError:
     )
 
 
-def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+def open_clip_model(name: str) -> Any:
+    """A model of open_clip with its weights, both towers.
+
+    Args:
+        name: MODEL/PRETRAINED, where PRETRAINED may be a file; or hf-hub:..., local-dir:...
+
+    Raises:
+        FileNotFoundError: no such file or tag.
+        OSError: a download failed.
+        ValueError: no such model, or weights of another one.
+
+    """
     source = f"open_clip:{name}"
     open_clip = _lazily("open_clip", source, "open_clip_torch")
     whole = name.startswith(("hf-hub:", "local-dir:"))  # these name their weights themselves
@@ -219,12 +230,16 @@ def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tenso
                 f" tags: {listed(tags, 20) or 'none'}"
             )
     try:
-        model = open_clip.create_model(model_name, pretrained=pretrained or None)
+        return open_clip.create_model(model_name, pretrained=pretrained or None)
     except OSError as error:
         raise _download_failed(source, error) from None
     except Exception as error:  # a damaged file, or weights of another model
         raise ValueError(f"{source}: open_clip cannot load this ({error})") from None
-    return convert(model.visual.state_dict(), config, open_clip_facts(model.visual))
+
+
+def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    visual = open_clip_model(name).visual
+    return convert(visual.state_dict(), config, open_clip_facts(visual))
 
 
 def open_clip_facts(visual: nn.Module) -> dict[str, Any]:

@@ -14,10 +14,9 @@ PACKAGE = ROOT / "fastrecycle"
 ORDER = [
     "config", "files", "augment", "capture", "pruning", "positions", "ops", "pooling", "lora",
     "lora_files", "dora", "peft_format", "vit", "layouts", "conventions", "weights", "sources",
-    "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache", "eval",
-    "baselines",
-    "pretune", "inputs", "run", "recycler", "report", "bench_report", "info", "options", "demo",
-    "cli",
+    "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
+    "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
+    "info", "options", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
