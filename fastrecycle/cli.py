@@ -1,4 +1,4 @@
-"""The command line: demo, pretune, invert, meta-train, recycle, eval, report, info.
+"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info.
 
 Options become the same dataclasses that the Python interface takes (`fastrecycle.options`); this
 file wires stages, prints results and turns exceptions into one line and an exit status.
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastrecycle
 from fastrecycle import options as o
@@ -531,6 +531,28 @@ def _report(options: o.Report) -> int:
     return OK
 
 
+def _export(options: o.Export) -> int:
+    from fastrecycle.files import save_safetensors
+    from fastrecycle.lora import LoRA
+    from fastrecycle.weights import export
+
+    _packaged_alone("lora", options.lora, options.backbone.backbone)
+    if not options.merged:
+        LoRA.load(options.lora).save(options.out, options.layout)
+    elif options.out.suffix != ".safetensors":
+        raise ValueError(f"out: merged weights are one .safetensors file, got {options.out}")
+    else:
+        vit, _ = _backbone(options)
+        vit = vit.merged(LoRA.load(options.lora, vit))
+        if options.layout is None:
+            vit.save(options.out)
+        else:
+            tensors = export(vit, cast("Any", options.layout))
+            save_safetensors(options.out, tensors, {"format": "pt"})
+    print(options.out)
+    return OK
+
+
 def _info(options: o.Info) -> int:
     from fastrecycle.info import describe
 
@@ -590,6 +612,13 @@ COMMANDS: dict[str, Command] = {
         "fastrecycle eval --dataset cifar_fs --lora runs/recycle/meta_lora --shots 1 5",
         "a table on stdout; with --json FILE also every task's accuracy, settings, versions and"
         " SHA-256 of the inputs.",
+    ),
+    "export": Command(
+        o.Export,
+        _export,
+        "Write a LoRA for another library, or the backbone with it in its weights.",
+        "fastrecycle export --lora runs/recycle/meta_lora --layout hf_clip --out meta_lora_hf",
+        "a PEFT folder, or with --merged a .safetensors file.",
     ),
     "report": Command(
         o.Report,

@@ -147,7 +147,9 @@ def describe_backbone(source: str, config: Any) -> Description:
         [
             f"vision transformer, {count / 1e6:.1f} M parameters",
             f"image {c.image_size} px, patch {c.patch_size} px ({c.patches} patches),"
-            f" {c.prefix_tokens} prefix token{'s' if c.prefix_tokens > 1 else ''}",
+            f" {c.prefix_tokens} prefix token{'' if c.prefix_tokens == 1 else 's'}"
+            + (f", {c.registers} of them registers" if c.registers else "")
+            + ("" if c.pool == "cls" else f", features by {c.pool}"),
             f"width {c.width}, {c.depth} blocks, {c.heads} heads, MLP {c.mlp_dim},"
             f" features {c.features}",
             f"{c.activation}, LayerNorm eps {c.norm_eps:g}, mean {_numbers(c.mean)},"

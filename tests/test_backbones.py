@@ -6,10 +6,15 @@ import json
 
 import pytest
 import torch
+import toys
 from filled import bare, fill
 from torch import nn
 
+from fastrecycle.classifier import FewShotClassifier
+from fastrecycle.config import InversionConfig, MetaConfig
+from fastrecycle.files import save_safetensors
 from fastrecycle.lora import LoRA
+from fastrecycle.recycler import MetaLoRARecycler
 from fastrecycle.sources import load_source, open_clip_facts, timm_facts
 from fastrecycle.vit import HALF, IMAGENET_MEAN, RaggedKeep, ViT, ViTConfig, flops
 from fastrecycle.weights import convert, export
@@ -190,8 +195,6 @@ def test_tables_that_fit_two_grids_are_asked_about():
 
 
 def test_timm_folder_of_dinov3(tmp_path):
-    from fastrecycle.files import save_safetensors
-
     model = timm_model("vit_base_patch16_dinov3")
     save_safetensors(tmp_path / "model.safetensors", model.state_dict())
     config = {
@@ -255,8 +258,6 @@ def test_transformers_model_matches(kind, changes, layout, pool, tmp_path):
     theirs = export(vit, layout)
     prefix = "vision_model." if layout == "hf_siglip" else ""
     (tmp_path / "model.safetensors").unlink()
-    from fastrecycle.files import save_safetensors
-
     extra = {} if kind.startswith("Siglip") else {"embeddings.mask_token": torch.zeros(1, 64)}
     if kind.startswith("DINOv3"):
         extra = {"embeddings.mask_token": torch.zeros(1, 1, 64)}
@@ -397,3 +398,36 @@ def test_merged_backbone_has_the_same_features(vit):
     merged = vit.merged(lora)
     torch.testing.assert_close(merged(batch), vit(batch, lora), rtol=0, atol=2e-5)
     assert torch.equal(vit(batch), before)
+
+
+# ------------------------------------------------------------------ the whole method
+
+
+@pytest.mark.parametrize("per", ["batch", "image"])  # image: ragged, so packed
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prefix_tokens": 0, "pool": "map", "activation": "gelu_tanh"},
+        {"prefix_tokens": 3, "registers": 2, "layer_scale": True, "rope": "dinov3"},
+        {"prefix_tokens": 2, "registers": 2, "qk_norm": True, "pool": "mean_norm",
+         "image_size": 18, "patch_size": 6},
+    ],
+    ids=["siglip", "dinov3", "averaged"],
+)  # fmt: skip
+def test_recycling(fields, per, tmp_path):
+    config = dataclasses.replace(toys.CONFIG, **fields)
+    meta = MetaConfig(steps=2, ways=3, shots=1, queries=2, rank=2, sparsity=0.5, sparsity_per=per)
+    inversion = InversionConfig(
+        images_per_class=4, iterations=3, group=2, prune={1: 0.5}, prune_from=0.4
+    )
+    recycler = MetaLoRARecycler(
+        toys.vit(config), toys.bank(2, config=config), prior=toys.prior(), inversion=inversion,
+        meta=meta, device="cpu", quiet=True,
+    )  # fmt: skip
+    lora = recycler.run(tmp_path)
+    assert all(b.any() for b in lora.b.values())
+    clf = FewShotClassifier(recycler.vit, lora)
+    labels = ["a", "a", "b", "b"]
+    size = config.image_size
+    pixels = torch.cat((torch.zeros(2, 3, size, size), torch.ones(2, 3, size, size)))
+    assert clf.fit(pixels, labels).predict(pixels).tolist() == labels
