@@ -17,8 +17,9 @@ import torch
 from fastrecycle.data import DATASETS, ImageDataset, load_dataset
 from fastrecycle.data.layouts import SPLITS
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
-from fastrecycle.files import load_safetensors, read_json
+from fastrecycle.files import load_safetensors, load_torch, read_json
 from fastrecycle.lora import LoRA
+from fastrecycle.lora_files import holds_lora
 from fastrecycle.peft_format import read_peft
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
@@ -164,12 +165,16 @@ def describe_backbone(source: str, config: Any) -> Description:
 
 
 def describe_weights(path: Path, config: Any) -> Description:
-    """A file or folder of weights: a pool's file, a prior or a backbone."""
+    """A file or folder of weights: a pool's file, a LoRA's, a prior or a backbone."""
     try:
+        if path.is_file() and path.suffix in (".pt", ".pth") and holds_lora(load_torch(path)):
+            return describe_lora(path)
         if path.suffix == ".safetensors":
             tensors, metadata = load_safetensors(path)
             if "fastrecycle.task" in metadata:
                 return _pool([TaskImages.load(path)])
+            if holds_lora(tensors):
+                return describe_lora(path)
             if any(name.endswith("running_var") for name in tensors) and "bn1.weight" in tensors:
                 return _prior(path)
         return describe_backbone(str(path), config)
@@ -189,11 +194,11 @@ def _prior(source: str | Path) -> Description:
 
 
 def describe_lora(path: Path) -> Description:
-    """A PEFT folder."""
+    """A PEFT folder, or a LoRA's file."""
     try:
-        return _lora(read_peft(path))
+        return _lora(LoRA.load(path))
     except _REFUSED as error:
-        return Description([f"{path}: PEFT folder"], [str(error)])
+        return Description([f"{path}: LoRA"], [str(error)])
 
 
 def _lora(lora: LoRA) -> Description:

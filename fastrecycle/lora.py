@@ -562,18 +562,23 @@ class LoRABank(Sequence[LoRA]):
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a bank is a folder of PEFT folders")
-        found = sorted(p.parent for p in folder.glob("**/adapter_config.json")) or sorted(
+        found = sorted(p.parent for p in folder.glob("**/adapter_config.json"))
+        files = [] if found else sorted(
             p for p in folder.glob("**/*") if p.suffix in (".safetensors", ".pt")
-        )
-        if not found:
+        )  # fmt: skip
+        if not found and not files:
             raise FileNotFoundError(
                 f"{folder}: no PEFT folder (adapter_config.json) in it, and no LoRA file"
             )
         loras = []
-        for path in found:
+        for path in found or files:
             below = path.relative_to(folder)
-            below = below.with_suffix("") if path.is_file() else below
-            loras.append(
-                replace(LoRA.load(path, vit), name=below.as_posix() if below.name else path.name)
-            )
+            below = below.with_suffix("") if files else below
+            try:
+                lora = LoRA.load(path, vit)
+            except ValueError as error:
+                if found:
+                    raise
+                raise ValueError(f"{folder}: no PEFT folder in it, and {error}") from None
+            loras.append(replace(lora, name=below.as_posix() if below.name else path.name))
         return LoRABank(loras)

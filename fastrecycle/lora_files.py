@@ -49,15 +49,21 @@ def read_lora_file(path: Path) -> LoRA:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}, or a PEFT folder")
     content = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_torch(path)
-    if isinstance(content, dict) and {"weights", "metadata"} <= content.keys():
-        return _clip_lora(path, content)
-    if isinstance(content, dict) and any(_NUMBERED.fullmatch(str(name)) for name in content):
-        return _release(path, content)
+    if holds_lora(content):
+        return _clip_lora(path, content) if "weights" in content else _release(path, content)
     names = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
     raise ValueError(
         f"{path}: expected LoRA Recycle's w_a_000, w_b_000, ..., or CLIP-LoRA's weights and"
         f" metadata, got {names[:80] or 'nothing'}; a PEFT LoRA is loaded by its folder"
     )
+
+
+def holds_lora(content: Any) -> bool:
+    """Whether what was read from a file is a LoRA of a kind that `read_lora_file` knows."""
+    if not isinstance(content, dict):
+        return False
+    released = any(_NUMBERED.fullmatch(str(name)) for name in content)
+    return released or {"weights", "metadata"} <= content.keys()
 
 
 def _release(path: Path, content: Mapping[str, Any]) -> LoRA:

@@ -125,6 +125,16 @@ PRESETS: dict[str, ViTConfig] = {
         width=512, depth=20, heads=8, mlp_dim=1536, norm_eps=1e-5, qkv_bias=False,
         residual_scale=0.5, stem="lvvit",
     ),
+    "siglip_b_16": ViTConfig(
+        prefix_tokens=0, pool="map", activation="gelu_tanh", mean=HALF, std=HALF
+    ),
+    "dinov2_b_14": ViTConfig(image_size=518, patch_size=14, layer_scale=True),
+    "dinov2_b_14_reg4": ViTConfig(
+        image_size=518, patch_size=14, prefix_tokens=5, registers=4, layer_scale=True
+    ),
+    "dinov3_b_16": ViTConfig(
+        prefix_tokens=5, registers=4, norm_eps=1e-5, layer_scale=True, rope="dinov3"
+    ),
     "vit_ti_16": ViTConfig(width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF),
     "demo": ViTConfig(
         image_size=64, patch_size=8, width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF
@@ -391,7 +401,8 @@ class ViT(nn.Module):
     @staticmethod
     def preset(name: str, seed: int = 0) -> ViT:
         """Random weights at the shape of a known backbone: "vit_b_16", "vit_b_32", "deit_b_16",
-        "deit_b_16_distilled", "lvvit_m", "vit_ti_16" or "demo".
+        "deit_b_16_distilled", "lvvit_m", "siglip_b_16", "dinov2_b_14", "dinov2_b_14_reg4",
+        "dinov3_b_16", "vit_ti_16" or "demo".
 
         Raises:
             ValueError: no such preset.

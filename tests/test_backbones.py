@@ -16,7 +16,7 @@ from fastrecycle.files import save_safetensors
 from fastrecycle.lora import LoRA
 from fastrecycle.recycler import MetaLoRARecycler
 from fastrecycle.sources import load_source, open_clip_facts, timm_facts
-from fastrecycle.vit import HALF, IMAGENET_MEAN, RaggedKeep, ViT, ViTConfig, flops
+from fastrecycle.vit import HALF, IMAGENET_MEAN, PRESETS, RaggedKeep, ViT, ViTConfig, flops
 from fastrecycle.weights import convert, export
 
 timm = pytest.importorskip("timm", reason="needs the real models")
@@ -323,6 +323,27 @@ def test_source_timm_by_name(monkeypatch):
     config, tensors = load_source("timm:vit_base_patch16_siglip_224")
     assert (config.pool, config.mean, config.heads) == ("map", HALF, 4)
     assert torch.equal(tensors["pool.probe"], model.attn_pool.latent[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "changes"),
+    [
+        ("siglip_b_16", "SiglipVision", {"patch_size": 16}),
+        ("dinov2_b_14", "Dinov2", {"image_size": 518, "patch_size": 14}),
+        ("dinov2_b_14_reg4", "Dinov2WithRegisters", {"image_size": 518, "patch_size": 14}),
+        ("dinov3_b_16", "DINOv3ViT", {"hidden_size": 768, "intermediate_size": 3072,
+                                      "num_attention_heads": 12, "num_register_tokens": 4}),
+    ],
+)  # fmt: skip
+def test_presets_are_the_published_shapes(preset, kind, changes):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}Model")(
+            getattr(transformers, f"{kind}Config")(**changes)
+        )
+    theirs = {name: torch.zeros(x.shape) for name, x in model.state_dict().items()}
+    told = {"image_size": 224} if kind == "DINOv3ViT" else {}
+    assert convert(theirs, told)[0] == PRESETS[preset]
 
 
 # ------------------------------------------------------------------ pruning, packing, LoRA

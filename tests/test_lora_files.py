@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fastrecycle.info import describe
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.vit import ViT, ViTConfig
 
@@ -112,6 +113,18 @@ def test_damaged_releases_are_refused(change, message, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=message):
         LoRA.load(tmp_path / "x.safetensors")
+
+
+def test_info_describes_the_files(tmp_path):
+    ReleasedLoRA().save(tmp_path / "lora_1.safetensors")
+    torch.save(clip_lora(12), tmp_path / "clip.pt")
+    for name, line in (
+        ("lora_1.safetensors", "head: 5 classes"),
+        ("clip.pt", "q: 24 -> 24, rank 2"),
+    ):
+        found = describe(str(tmp_path / name))
+        assert found.problems == []
+        assert any(line in text for text in found.lines)
 
 
 # ------------------------------------------------------------------ CLIP-LoRA
