@@ -281,6 +281,9 @@ LAYOUTS: dict[LayoutName, Layout] = {
     ),
 }
 
+# with a matrix each for q, k and v
+APART: tuple[LayoutName, ...] = ("hf_clip", "hf_siglip", "hf_dinov2", "hf_dinov3", "hf_vit")
+
 
 @functools.cache
 def _patterns(layout: LayoutName) -> list[tuple[re.Pattern[str], str]]:

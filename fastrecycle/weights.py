@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastrecycle.conventions import FREE, Told, ask, check_fields, check_shapes, conventions
 from fastrecycle.files import save_safetensors
-from fastrecycle.layouts import LAYOUTS, LayoutName, our_name, their_name
+from fastrecycle.layouts import APART, LAYOUTS, LayoutName, our_name, their_name
 from fastrecycle.vit import ViT, ViTConfig
 
 CONFIG_KEY, CARD_KEY = "fastrecycle.config", "fastrecycle.card"  # safetensors metadata
@@ -301,50 +301,12 @@ def _assemble(
             damaged.append(origin[name])
         return tensor
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape)
-
     for name, target in expected.items():
-        shape = tuple(target.shape)
         if name.endswith("num_batches_tracked"):  # a counter of training: some files drop it
             used.add(name)
             ours[name] = parts.get(name, torch.tensor(0)).detach().to("cpu", torch.int64)
             continue
-        pieces: list[Tensor | None]
-        if name == "head_proj.weight" and layout == "openai":
-            pieces = [part("head_proj.T", shape[::-1])]
-            pieces = [None if x is None else x.T.contiguous() for x in pieces]
-        elif name == "prefix" and layout != "native":
-            alone = config.prefix_tokens - config.registers
-            pieces = [part(f"prefix.{i}", (1, shape[1]), loose=True) for i in range(alone)]
-            if "registers" in parts:
-                pieces.append(part("registers", (config.registers, shape[1]), loose=True))
-            pieces = pieces or [zeros(*shape)]
-        elif name == "pos_embed":
-            pieces = _positions(config, parts, part, zeros)
-        elif ".qkv." in name and layout in ("hf_clip", "hf_siglip", "hf_dinov2", "hf_dinov3",
-                                            "hf_vit"):  # fmt: skip
-            third = (shape[0] // 3, *shape[1:])
-            pieces = [
-                part(name.replace("qkv", x), third)
-                for x in "qkv"
-                if layout != "hf_dinov3" or x != "k" or name.replace("qkv", x) in parts
-            ]
-            if len(pieces) == 2:  # DINOv3's keys have no bias
-                pieces.insert(1, zeros(*third))
-        elif name.endswith("qkv.bias") and layout == "timm_eva" and name not in parts:
-            third = (shape[0] // 3,)
-            q, v = (part(name.replace("qkv", x), third) for x in "qv")
-            pieces = [q, zeros(*third), v]
-        elif name.startswith(("pool.q.", "pool.kv.")) and layout == "hf_siglip":
-            d = config.width
-            whole = part(name.replace(".q.", ".in_proj.").replace(".kv.", ".in_proj."),
-                         (3 * d, *shape[1:]))  # fmt: skip
-            pieces = [None if whole is None else whole[:d] if ".q." in name else whole[d:]]
-        elif name.startswith("norm.") and f"fc_{name}" in parts:
-            pieces = [part(f"fc_{name}", shape)]
-        else:
-            pieces = [part(name, shape, loose=name == "pool.probe")]
+        pieces = _pieces(name, tuple(target.shape), config, layout, parts, part)
         found = [x for x in pieces if x is not None]
         if len(found) == len(pieces):
             ours[name] = found[0] if len(found) == 1 else torch.cat(found)
@@ -365,22 +327,61 @@ def _assemble(
     return ours
 
 
+def _pieces(
+    name: str,
+    shape: tuple[int, ...],
+    config: ViTConfig,
+    layout: LayoutName,
+    parts: Mapping[str, Tensor],
+    part: Callable[..., Tensor | None],
+) -> list[Tensor | None]:
+    """What one of our tensors is made of, one below the other."""
+    if name == "head_proj.weight" and layout == "openai":
+        whole = part("head_proj.T", shape[::-1])
+        return [None if whole is None else whole.T.contiguous()]
+    if name == "prefix" and layout != "native":
+        alone = config.prefix_tokens - config.registers
+        tokens = [part(f"prefix.{i}", (1, shape[1]), loose=True) for i in range(alone)]
+        if "registers" in parts:
+            tokens.append(part("registers", (config.registers, shape[1]), loose=True))
+        return tokens or [torch.zeros(shape)]
+    if name == "pos_embed":
+        return _positions(config, parts, part)
+    if ".qkv." in name:
+        third = (shape[0] // 3, *shape[1:])
+        q, k, v = (name.replace("qkv", x) for x in "qkv")
+        keyless = name.endswith("bias") and k not in parts  # EVA, DINOv3: zeros by definition
+        if layout in APART:
+            absent = layout == "hf_dinov3" and keyless
+            return [
+                part(q, third), torch.zeros(third) if absent else part(k, third), part(v, third)
+            ]  # fmt: skip
+        if layout == "timm_eva" and keyless and name not in parts:
+            return [part(q, third), torch.zeros(third), part(v, third)]
+    if name.startswith(("pool.q.", "pool.kv.")) and layout == "hf_siglip":
+        d = config.width
+        whole = part(f"pool.in_proj.{name.rpartition('.')[2]}", (3 * d, *shape[1:]))
+        return [None if whole is None else whole[:d] if ".q." in name else whole[d:]]
+    if name.startswith("norm.") and f"fc_{name}" in parts:
+        return [part(f"fc_{name}", shape)]
+    return [part(name, shape, loose=name == "pool.probe")]
+
+
 def _positions(
     config: ViTConfig,
     parts: Mapping[str, Tensor],
     part: Callable[..., Tensor | None],
-    zeros: Callable[..., Tensor],
 ) -> list[Tensor | None]:
     """The table of positions, with rows of zeros for tokens that have none."""
     d, prefix, patches = config.width, config.prefix_tokens, config.patches
     if "pos_embed" not in parts:
-        return [zeros(prefix + patches, d)]
+        return [torch.zeros(prefix + patches, d)]
     rows = parts["pos_embed"].numel() // d
     table = part("pos_embed", (rows, d), loose=True)
     if rows == prefix + patches or table is None:
         return [table]
     own = rows - patches  # of CLS where registers have none, or of no prefix token
-    return [table[:own], zeros(prefix - own, d), table[own:]]
+    return [table[:own], torch.zeros(prefix - own, d), table[own:]]
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -476,7 +477,6 @@ def export(
 def _split(vit: ViT, layout: LayoutName) -> dict[str, Tensor]:
     """Our tensors in the parts and shapes of a layout."""
     flat = layout in ("openai", "hf_clip", "hf_siglip")  # the others keep a batch dimension of 1
-    apart = layout in ("hf_clip", "hf_siglip", "hf_dinov2", "hf_dinov3", "hf_vit")
     config = vit.config
     prefix, table = _prefix_and_positions(vit, layout)
     parts: dict[str, Tensor] = {}
@@ -492,7 +492,7 @@ def _split(vit: ViT, layout: LayoutName) -> dict[str, Tensor]:
                 parts[name] = table if flat else table[None]
         elif name == "head_proj.weight" and layout == "openai":
             parts["head_proj.T"] = tensor.T.contiguous()
-        elif ".qkv." in name and apart:
+        elif ".qkv." in name and layout in APART:
             for x, third in zip("qkv", tensor.chunk(3), strict=True):
                 if layout == "hf_dinov3" and x == "k" and name.endswith("bias") and not third.any():
                     continue  # DINOv3's keys have none

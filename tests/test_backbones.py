@@ -276,6 +276,13 @@ def test_gated_dinov2_is_refused():
         convert(model.state_dict(), {"heads": 4, "image_size": 56})
 
 
+def test_missing_keys_of_dinov3_are_named():
+    state = small_hf("DINOv3ViTModel", num_register_tokens=4).state_dict()
+    state.pop("model.layer.1.attention.k_proj.weight")
+    with pytest.raises(ValueError, match=r"missing layer\.1\.attention\.k_proj\.weight"):
+        convert(state, {"heads": 4, "image_size": 56})
+
+
 # ------------------------------------------------------------------ another image size
 
 
