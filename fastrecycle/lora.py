@@ -188,6 +188,7 @@ class LoRA:
     name: str | None = None
     prefix: str | None = None  # of the module names there, such as "vit."; None: the layout's own
     head_module: str | None = None  # name of the head there, where PEFT trained it
+    whole: bool = False  # it is on all blocks of its backbone, which its file does not name
 
     @staticmethod
     def init(
@@ -369,7 +370,7 @@ class LoRA:
         """
         more = config.depth - self.depth
         lora = self
-        if more > 0 and self.layout == "lora_recycle":  # its files do not name blocks
+        if more > 0 and self.whole:
             raise ValueError(f"{self.name or 'lora'}: {_depth_message(self.depth, config.depth)}")
         if more > 0:
             zeros = lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:])))  # noqa: E731

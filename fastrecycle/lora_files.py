@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def _release(path: Path, content: Mapping[str, Any]) -> LoRA:
     factors = {
         ("qv"[i % 2], i // 2): (halves["a"][i], halves["b"][i]) for i in range(count)
     }  # fmt: skip
-    return _lora(path, factors, 1.0, count // 2, head, "lora_recycle")
+    # the authors' model is transformers' CLIP
+    lora = _lora(path, factors, 1.0, count // 2, "hf_clip")
+    return replace(lora, head=head, whole=True)
 
 
 def _clip_lora(path: Path, content: Mapping[str, Any]) -> LoRA:
@@ -137,7 +140,7 @@ def _clip_lora(path: Path, content: Mapping[str, Any]) -> LoRA:
     if any(len(a) != rank for a, _ in factors.values()):
         raise ValueError(f"{path}: metadata says rank {rank}, which the factors do not have")
     # CLIP-LoRA divides by the root of the rank, as rsLoRA does
-    return _lora(path, factors, alpha / math.sqrt(rank), max(blocks) + 1, None, "open_clip")
+    return _lora(path, factors, alpha / math.sqrt(rank), max(blocks) + 1, "open_clip")
 
 
 def _check(path: Path, name: str, x: Any) -> None:
@@ -148,9 +151,7 @@ def _check(path: Path, name: str, x: Any) -> None:
         raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 
-def _lora(
-    path: Path, factors: _Factors, scale: float, depth: int, head: Head | None, layout: str
-) -> LoRA:
+def _lora(path: Path, factors: _Factors, scale: float, depth: int, layout: str) -> LoRA:
     """Blocks stacked; all factors of a file have one rank and belong to square products."""
     shapes = {(tuple(a.shape), tuple(b.shape)) for a, b in factors.values()}
     (rank, width), second = next(iter(shapes), ((0, 0), (0, 0)))
@@ -166,4 +167,4 @@ def _lora(
             a[target][i], b[target][i] = factors[target, i]
             scales[target][i] = scale
         ranks[target] = tuple(rank if (target, i) in factors else 0 for i in range(depth))
-    return LoRA(a, b, scales, ranks, head, layout=layout, name=path.stem)
+    return LoRA(a, b, scales, ranks, layout=layout, name=path.stem)

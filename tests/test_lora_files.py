@@ -88,8 +88,11 @@ def test_bank_of_released_files(tmp_path):
     bank = LoRABank.load(tmp_path)
     assert [x.name for x in bank] == ["lora_1", "lora_2"]
     assert [x.require_head().classes for x in bank] == [4, 5]
-    bank[0].save(tmp_path / "peft", "timm")  # and on as PEFT
-    assert torch.equal(LoRA.load(tmp_path / "peft").delta("v"), bank[0].delta("v"))
+    average = LoRA.average(bank)
+    average.save(tmp_path / "peft")  # and on as PEFT, for the same model
+    again = LoRA.load(tmp_path / "peft")
+    assert again.layout == "hf_clip"
+    torch.testing.assert_close(again.delta("v"), average.delta("v"))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,8 @@ def test_clip_lora_matches(params, position, blocks, vit, images, tmp_path):
     torch.save(content, tmp_path / "lora_weights.pt")
     lora = LoRA.load(tmp_path / "lora_weights.pt").fit(CONFIG)
     assert lora.head is None
+    lora.save(tmp_path / "peft")
+    assert LoRA.load(tmp_path / "peft").layout == "open_clip"
     torch.testing.assert_close(
         vit(images, lora), by_hand(vit, content, blocks)(images), **TOLERANCE
     )
