@@ -1,4 +1,4 @@
-"""The command line: demo, pretune, invert, meta-train, recycle, eval, report, info.
+"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info.
 
 Options become the same dataclasses that the Python interface takes (`fastrecycle.options`); this
 file wires stages, prints results and turns exceptions into one line and an exit status.
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastrecycle
 from fastrecycle import options as o
@@ -209,12 +209,12 @@ def _network(options: Any) -> tuple[Any, dict[str, Any]]:
     return network, {**network_input(prior.prior, network), **told}
 
 
-def _bank(source: str, backbone: str) -> tuple[Any, dict[str, str]]:
+def _bank(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, str]]:
     from fastrecycle.inputs import loras_input
     from fastrecycle.lora import LoRABank
 
     _packaged_alone("bank", source, backbone)
-    bank = LoRABank.load(source)
+    bank = LoRABank.load(source, vit)
     return bank, loras_input(source, bank)
 
 
@@ -366,7 +366,7 @@ def _pretune(options: o.Pretune) -> int:
 
 def _invert(options: o.Invert) -> int:
     vit, backbone = _backbone(options)
-    bank, loras = _bank(options.bank, options.backbone.backbone)
+    bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
     inputs = {"backbone": backbone, "bank": loras, "prior": network}
     recycler = _recycler(options, vit, bank, prior, inputs=inputs)
@@ -389,7 +389,7 @@ def _meta_train(options: o.MetaTrain) -> int:
     inputs = {"backbone": backbone, "pool": pool_input(options.pool, pool), **extra}
     bank: Any = ()
     if options.bank is not None:
-        bank, inputs["bank"] = _bank(options.bank, options.backbone.backbone)
+        bank, inputs["bank"] = _bank(options.bank, options.backbone.backbone, vit)
     elif options.meta.start == "average" and options.meta.learn != "backbone":
         raise ValueError(
             "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
@@ -405,7 +405,7 @@ def _meta_train(options: o.MetaTrain) -> int:
 
 def _recycle(options: o.Recycle) -> int:
     vit, backbone = _backbone(options)
-    bank, loras = _bank(options.bank, options.backbone.backbone)
+    bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
     validation, extra = _validation(options, vit)
     inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra}
@@ -429,7 +429,7 @@ def _eval(options: o.Eval) -> int:
     precision = resolve_precision(options.common.precision, device)
     dataset = load_dataset(options.dataset, config.split, root, download=options.download)
     vit, backbone = _backbone(options)
-    lora, inputs = _evaluated(options.lora, options.backbone.backbone)
+    lora, inputs = _evaluated(options.lora, options.backbone.backbone, vit)
     start = time.perf_counter()
     with image_progress("embedding", _hidden(options.common)) as update:
         shared: dict[str, Any] = {
@@ -498,7 +498,7 @@ def _eval(options: o.Eval) -> int:
     return OK
 
 
-def _evaluated(source: str, backbone: str) -> tuple[Any, dict[str, Any]]:
+def _evaluated(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, Any]]:
     """The LoRA that --lora names, and its line in the results."""
     from fastrecycle.inputs import loras_input
     from fastrecycle.lora import LoRA, LoRABank
@@ -508,10 +508,10 @@ def _evaluated(source: str, backbone: str) -> tuple[Any, dict[str, Any]]:
     _packaged_alone("lora", source, backbone)
     kind, _, where = source.partition(":")
     if kind in ("average", "average-factors") and where:
-        bank = LoRABank.load(where)
+        bank = LoRABank.load(where, vit)
         averaged = LoRA.average(bank, of="products" if kind == "average" else "factors")
         return averaged, {"lora": loras_input(source, bank)}
-    lora = LoRA.load(source)
+    lora = LoRA.load(source, vit)
     return lora, {"lora": loras_input(source, [lora])}
 
 
@@ -528,6 +528,28 @@ def _report(options: o.Report) -> int:
         written = write_report(options.what)
     for path in written:
         print(path)
+    return OK
+
+
+def _export(options: o.Export) -> int:
+    from fastrecycle.files import save_safetensors
+    from fastrecycle.lora import LoRA
+    from fastrecycle.weights import export
+
+    _packaged_alone("lora", options.lora, options.backbone.backbone)
+    if not options.merged:
+        LoRA.load(options.lora).save(options.out, options.layout)
+    elif options.out.suffix != ".safetensors":
+        raise ValueError(f"out: merged weights are one .safetensors file, got {options.out}")
+    else:
+        vit, _ = _backbone(options)
+        vit = vit.merged(LoRA.load(options.lora, vit))
+        if options.layout is None:
+            vit.save(options.out)
+        else:
+            tensors = export(vit, cast("Any", options.layout))
+            save_safetensors(options.out, tensors, {"format": "pt"})
+    print(options.out)
     return OK
 
 
@@ -590,6 +612,13 @@ COMMANDS: dict[str, Command] = {
         "fastrecycle eval --dataset cifar_fs --lora runs/recycle/meta_lora --shots 1 5",
         "a table on stdout; with --json FILE also every task's accuracy, settings, versions and"
         " SHA-256 of the inputs.",
+    ),
+    "export": Command(
+        o.Export,
+        _export,
+        "Write a LoRA for another library, or the backbone with it in its weights.",
+        "fastrecycle export --lora runs/recycle/meta_lora --layout hf_clip --out meta_lora_hf",
+        "a PEFT folder, or with --merged a .safetensors file.",
     ),
     "report": Command(
         o.Report,

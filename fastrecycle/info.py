@@ -17,8 +17,9 @@ import torch
 from fastrecycle.data import DATASETS, ImageDataset, load_dataset
 from fastrecycle.data.layouts import SPLITS
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
-from fastrecycle.files import load_safetensors, read_json
+from fastrecycle.files import load_safetensors, load_torch, read_json
 from fastrecycle.lora import LoRA
+from fastrecycle.lora_files import holds_lora
 from fastrecycle.peft_format import read_peft
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
@@ -147,7 +148,9 @@ def describe_backbone(source: str, config: Any) -> Description:
         [
             f"vision transformer, {count / 1e6:.1f} M parameters",
             f"image {c.image_size} px, patch {c.patch_size} px ({c.patches} patches),"
-            f" {c.prefix_tokens} prefix token{'s' if c.prefix_tokens > 1 else ''}",
+            f" {c.prefix_tokens} prefix token{'' if c.prefix_tokens == 1 else 's'}"
+            + (f", {c.registers} of them registers" if c.registers else "")
+            + ("" if c.pool == "cls" else f", features by {c.pool}"),
             f"width {c.width}, {c.depth} blocks, {c.heads} heads, MLP {c.mlp_dim},"
             f" features {c.features}",
             f"{c.activation}, LayerNorm eps {c.norm_eps:g}, mean {_numbers(c.mean)},"
@@ -162,12 +165,16 @@ def describe_backbone(source: str, config: Any) -> Description:
 
 
 def describe_weights(path: Path, config: Any) -> Description:
-    """A file or folder of weights: a pool's file, a prior or a backbone."""
+    """A file or folder of weights: a pool's file, a LoRA's, a prior or a backbone."""
     try:
+        if path.is_file() and path.suffix in (".pt", ".pth") and holds_lora(load_torch(path)):
+            return describe_lora(path)
         if path.suffix == ".safetensors":
             tensors, metadata = load_safetensors(path)
             if "fastrecycle.task" in metadata:
                 return _pool([TaskImages.load(path)])
+            if holds_lora(tensors):
+                return describe_lora(path)
             if any(name.endswith("running_var") for name in tensors) and "bn1.weight" in tensors:
                 return _prior(path)
         return describe_backbone(str(path), config)
@@ -187,11 +194,11 @@ def _prior(source: str | Path) -> Description:
 
 
 def describe_lora(path: Path) -> Description:
-    """A PEFT folder."""
+    """A PEFT folder, or a LoRA's file."""
     try:
-        return _lora(read_peft(path))
+        return _lora(LoRA.load(path))
     except _REFUSED as error:
-        return Description([f"{path}: PEFT folder"], [str(error)])
+        return Description([f"{path}: LoRA"], [str(error)])
 
 
 def _lora(lora: LoRA) -> Description:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrecycle.ops import GatedLowRank, LowRank
 
 if TYPE_CHECKING:
-    from fastrecycle.vit import ViTConfig
+    from fastrecycle.vit import ViT, ViTConfig
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -188,6 +188,7 @@ class LoRA:
     name: str | None = None
     prefix: str | None = None  # of the module names there, such as "vit."; None: the layout's own
     head_module: str | None = None  # name of the head there, where PEFT trained it
+    whole: bool = False  # it is on all blocks of its backbone, which its file does not name
 
     @staticmethod
     def init(
@@ -369,6 +370,8 @@ class LoRA:
         """
         more = config.depth - self.depth
         lora = self
+        if more > 0 and self.whole:
+            raise ValueError(f"{self.name or 'lora'}: {_depth_message(self.depth, config.depth)}")
         if more > 0:
             zeros = lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:])))  # noqa: E731
             lora = replace(
@@ -403,8 +406,9 @@ class LoRA:
 
         Args:
             path: the folder.
-            layout: whose module names to use: "hf_clip", "hf_vit" (transformers 5), "hf_vit_v4",
-                "timm" or "open_clip"; None: those it was loaded with, else "timm".
+            layout: whose module names to use: "hf_clip" (also SigLIP), "hf_vit" and "hf_dinov2"
+                (transformers 5), "hf_vit_v4", "hf_dinov2_v4", "hf_dinov3", "timm" (also Eva) or
+                "open_clip"; None: those it was loaded with, else "timm".
             dtype: of the stored numbers; None for float32.
 
         Raises:
@@ -417,21 +421,30 @@ class LoRA:
         write_peft(self, Path(path), layout, dtype)
 
     @staticmethod
-    def load(path: str | Path) -> LoRA:
-        """Read a PEFT folder, or "demo": the packaged meta-LoRA.
+    def load(path: str | Path, vit: ViT | None = None) -> LoRA:
+        """Read a PEFT folder, a file of LoRA Recycle's release or of CLIP-LoRA, or "demo": the
+        packaged meta-LoRA.
+
+        Args:
+            path: as above; which it is, is detected. rsLoRA's scale is alpha / sqrt(rank).
+            vit: the backbone, which DoRA alone needs: its change depends on the frozen weights and
+                has full rank. `compress` brings it to a small rank, no longer exactly.
 
         Raises:
-            FileNotFoundError: no such folder, or no adapter in it.
-            ValueError: damaged files, unknown targets, or a variant that is not plain LoRA.
+            FileNotFoundError: no such folder or file, or no adapter in it.
+            ValueError: damaged files, unknown targets, a variant that is not plain LoRA, or DoRA
+                without its backbone.
 
         """
+        from fastrecycle.lora_files import read_lora_file
         from fastrecycle.peft_format import read_peft
 
         if str(path) == "demo":
             from fastrecycle.assets import asset
 
             return replace(read_peft(asset("meta_lora")), name="demo")
-        return read_peft(Path(path))
+        path = Path(path)
+        return read_lora_file(path) if path.is_file() else read_peft(path, vit)
 
     @staticmethod
     def average(loras: Sequence[LoRA], *, of: Literal["products", "factors"] = "products") -> LoRA:
@@ -534,16 +547,15 @@ class LoRABank(Sequence[LoRA]):
             lora.save(folder / name, layout, dtype)
 
     @staticmethod
-    def load(folder: str | Path) -> LoRABank:
-        """Read every PEFT folder below `folder`, in the order of their names; "demo": packaged.
+    def load(folder: str | Path, vit: ViT | None = None) -> LoRABank:
+        """Read every PEFT folder below `folder` or, where there is none, every LoRA file (see
+        `LoRA.load`), in the order of their names; "demo": packaged.
 
         Raises:
-            FileNotFoundError: no such folder, or no PEFT folder in it.
+            FileNotFoundError: no such folder, or no LoRA in it.
             ValueError: one of them cannot be read (its name is in the message).
 
         """
-        from fastrecycle.peft_format import read_peft
-
         if str(folder) == "demo":
             from fastrecycle.assets import asset
 
@@ -552,12 +564,22 @@ class LoRABank(Sequence[LoRA]):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a bank is a folder of PEFT folders")
         found = sorted(p.parent for p in folder.glob("**/adapter_config.json"))
-        if not found:
-            raise FileNotFoundError(f"{folder}: no PEFT folder (adapter_config.json) in it")
-        loras = []
-        for path in found:
-            below = path.relative_to(folder)
-            loras.append(
-                replace(read_peft(path), name=below.as_posix() if below.name else path.name)
+        files = [] if found else sorted(
+            p for p in folder.glob("**/*") if p.suffix in (".safetensors", ".pt")
+        )  # fmt: skip
+        if not found and not files:
+            raise FileNotFoundError(
+                f"{folder}: no PEFT folder (adapter_config.json) in it, and no LoRA file"
             )
+        loras = []
+        for path in found or files:
+            below = path.relative_to(folder)
+            below = below.with_suffix("") if files else below
+            try:
+                lora = LoRA.load(path, vit)
+            except ValueError as error:
+                if found:
+                    raise
+                raise ValueError(f"{folder}: no PEFT folder in it, and {error}") from None
+            loras.append(replace(lora, name=below.as_posix() if below.name else path.name))
         return LoRABank(loras)

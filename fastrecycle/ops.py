@@ -25,12 +25,13 @@ from torch import Tensor
 from fastrecycle import pruning
 
 __all__ = [
-    "Backend", "Fp8Weight", "GatedLowRank", "Impl", "LowRank", "Resolved", "activation",
-    "attention", "augment", "autocast", "bn_pool_chunks", "bn_prior", "bn_prior_chunks", "carry",
-    "check_precision", "cls_scores", "embed_kept", "fp8_weight", "host", "impl_of", "jitter_pixels",
-    "kernels_suit", "lora_linear", "lora_qkv", "moment_distance", "pixel_step", "residual_mlp",
-    "residual_norm", "resolve_backend", "stem_conv", "stem_conv_fits", "token_gather",
-    "top_patches", "varlen_attention", "weight_dtype",
+    "ActivationKind", "Backend", "Fp8Weight", "GatedLowRank", "Impl", "LowRank", "Resolved",
+    "activation", "attention", "augment", "autocast", "bn_pool_chunks", "bn_prior",
+    "bn_prior_chunks", "carry", "check_precision", "cls_scores", "embed_kept", "fp8_weight",
+    "host", "impl_of", "jitter_pixels", "kernels_suit", "lora_linear", "lora_qkv",
+    "moment_distance", "pixel_step", "residual_mlp", "residual_norm", "resolve_backend",
+    "stem_conv", "stem_conv_fits", "token_gather", "top_patches", "varlen_attention",
+    "weight_dtype",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ Resolved = Literal["triton", "compile", "reference"]
 
 Impl = Literal["reference", "triton"]
 """Which code computes an operation."""
+
+ActivationKind = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 def kernels_suit(width: int, heads: int, rank: int = 1) -> bool:
@@ -235,7 +238,7 @@ def residual_mlp(
     first_bias: Tensor | None,
     second: Fp8Weight,
     second_bias: Tensor | None,
-    kind: Literal["gelu", "quick_gelu"],
+    kind: ActivationKind,
     *,
     impl: Impl = "reference",
 ) -> tuple[Tensor, Tensor]:
@@ -366,10 +369,10 @@ def residual_norm(
     return reference.residual_norm(x, branch, weight, bias, eps, scale, dtype)
 
 
-def activation(
-    u: Tensor, kind: Literal["gelu", "quick_gelu"], *, impl: Impl = "reference"
-) -> Tensor:
-    """GELU, exact by the error function; or u sigmoid(1.702 u), as OpenAI's CLIP has it."""
+def activation(u: Tensor, kind: ActivationKind, *, impl: Impl = "reference") -> Tensor:
+    """GELU, exact by the error function; by tanh, as SigLIP has it; or "quick_gelu",
+    u sigmoid(1.702 u), as OpenAI's CLIP has it.
+    """
     if impl == "triton":
         from fastrecycle_kernels.activation import activation as kernel
 

@@ -227,6 +227,24 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a LoRA for another library, or the backbone with it in its weights."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    # A PEFT folder, a file of LoRA Recycle's release or of CLIP-LoRA, or demo.
+    lora: str
+    # A folder for PEFT; with --merged a .safetensors file.
+    out: Path
+    # Whose names to write. For PEFT hf_clip, hf_vit, hf_vit_v4, hf_dinov2, hf_dinov2_v4, hf_dinov3,
+    # timm or open_clip, unsaid those it was read with; with --merged timm, timm_eva, hf_vit,
+    # hf_dinov2, hf_dinov3, hf_clip, hf_siglip, openai or lvvit, unsaid this library's own.
+    layout: str | None = None
+    # The backbone's weights with the LoRA's changes added, in the place of a LoRA.
+    merged: bool = False
+
+
+@dataclass(frozen=True)
 class Info:
     """Describe a backbone, LoRA, bank, pool, run or data set, and check it."""
 

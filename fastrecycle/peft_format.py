@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastrecycle.dora import base_weight, dora_change, full_rank
 from fastrecycle.files import (
     atomic_open,
     load_safetensors,
@@ -34,6 +35,9 @@ from fastrecycle.files import (
     safetensors_content,
 )
 from fastrecycle.lora import TARGETS, Head, LoRA
+
+if TYPE_CHECKING:
+    from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +90,24 @@ LAYOUTS: dict[str, Layout] = {
             "fc1": "intermediate.dense", "fc2": "output.dense",
         },
     ),
-    "timm": Layout(
+    "hf_dinov2": Layout(  # of transformers 5
+        "",
+        "encoder.layer",
+        {
+            "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
+            "proj": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+        },
+    ),
+    "hf_dinov2_v4": Layout(
+        "",
+        "encoder.layer",
+        {
+            "q": "attention.attention.query", "k": "attention.attention.key",
+            "v": "attention.attention.value", "proj": "attention.output.dense", "fc1": "mlp.fc1",
+            "fc2": "mlp.fc2",
+        },
+    ),
+    "timm": Layout(  # also Eva, and open_clip's timm towers
         "",
         "blocks",
         {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"},
@@ -100,13 +121,20 @@ LAYOUTS: dict[str, Layout] = {
         },
         {"attn.out_proj": "proj"},
     ),
+    "hf_dinov3": Layout(  # last: with a prefix its names of queries fit hf_dinov2's
+        "model.",
+        "layer",
+        {
+            "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
+            "proj": "attention.o_proj", "fc1": "mlp.up_proj", "fc2": "mlp.down_proj",
+        },
+    ),
 }  # fmt: skip
 
 HEADS = ("classifier", "head", "fc", "score")  # names of a linear head in PEFT's modules_to_save
 
 # Options under which scale B A is not the whole change of a weight, and what to do instead.
 _REFUSED = {
-    "use_dora": "DoRA also rescales the weights it changes; train it with use_dora=False",
     "use_qalora": "QA-LoRA pools the input; train a plain LoRA",
     "use_bdlora": "block-diagonal LoRA has other factors; train a plain LoRA",
     "lora_bias": "it adds a bias; train with lora_bias=False",
@@ -121,6 +149,7 @@ _REFUSED = {
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.[^.]+)?\.weight")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _HEAD = re.compile(
     rf"(?P<module>(?:\w+\.)*?(?:{'|'.join(HEADS)}))"
     r"\.(?:modules_to_save\.(?:\w+\.)?)?(?P<which>weight|bias)"
@@ -146,8 +175,8 @@ class _Place:
 # ---------------------------------------------------------------------------- reading
 
 
-def read_peft(path: Path) -> LoRA:
-    """Read a PEFT folder.
+def read_peft(path: Path, vit: ViT | None = None) -> LoRA:
+    """Read a PEFT folder; one of DoRA as the exact change of the weights of `vit`.
 
     The head is head.safetensors (weight (C, features), optional bias, class names as a JSON list
     under "class_names" in its metadata), else the `classifier`, `head`, `fc` or `score` of PEFT's
@@ -156,8 +185,8 @@ def read_peft(path: Path) -> LoRA:
 
     Raises:
         FileNotFoundError: no such folder, or no adapter in it.
-        ValueError: damaged files, unknown modules, NaN, a variant that is not plain LoRA, or a head
-            whose classes disagree with the names.
+        ValueError: damaged files, unknown modules, NaN, a variant that is not plain LoRA, a head
+            whose classes disagree with the names, or DoRA without a backbone or for another one.
 
     """
     path = Path(path)
@@ -167,8 +196,15 @@ def read_peft(path: Path) -> LoRA:
             f" adapter_model.safetensors; got {'a file' if path.exists() else 'nothing there'}"
         )
     config = _read_config(path)
+    if config.get("use_dora") and vit is None:
+        raise ValueError(
+            f"{path}: DoRA (use_dora) rescales rows of the weights that it changes, so its change"
+            " depends on them; give the backbone, LoRA.load(path, vit), to read it exactly, at full"
+            " rank"
+        )
     tensors, metadata = _read_tensors(path)
     pairs, others = _pair(path, tensors)
+    magnitudes = _magnitudes(path, config, pairs, others)
     _refuse_biases(path, config, others)
     placed, text = _place(path, config, pairs)
     head, head_module, names = _read_head(path, config, others, text)
@@ -177,7 +213,10 @@ def read_peft(path: Path) -> LoRA:
             "%s: %d modules of the text tower are left out; only the image tower is used", path,
             len(text),
         )  # fmt: skip
-    factors, depth = _factors(path, config, pairs, placed, _own_metadata(path, metadata))
+    if vit is not None and magnitudes:
+        factors, depth = _dora_factors(path, config, pairs, placed, magnitudes, vit)
+    else:
+        factors, depth = _factors(path, config, pairs, placed, _own_metadata(path, metadata))
     a, b, scale, ranks = _pad_and_stack(path, factors, depth)
     first = next(iter(placed.values()))
     return LoRA(
@@ -262,6 +301,25 @@ def _pair(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Pair], 
     return pairs, others
 
 
+def _magnitudes(
+    path: Path,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, _Pair],
+    others: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """DoRA's magnitudes by module, taken out of `others`."""
+    if not config.get("use_dora"):
+        return {}
+    found = {}
+    for name in list(others):
+        if match := _MAGNITUDE.fullmatch(name):
+            found[match["module"]] = others.pop(name)
+    if found.keys() != pairs.keys():
+        lacking = sorted(pairs.keys() ^ found.keys())
+        raise ValueError(f"{path}: no magnitude, or no factors, of {_some(lacking)}")
+    return found
+
+
 def _refuse_biases(path: Path, config: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
     bias = config.get("bias", "none")
     trained = [n for n in others if n.endswith(".bias") and not _HEAD.fullmatch(n)]
@@ -272,7 +330,9 @@ def _refuse_biases(path: Path, config: Mapping[str, Any], others: Mapping[str, T
         )
 
 
-def _locate(module: str) -> _Place | None:
+def _locate(module: str) -> dict[str, _Place]:
+    """Where a module may sit, by layout."""
+    places = {}
     for name, layout in LAYOUTS.items():
         known = {m: t for t, m in layout.modules.items()} | layout.also
         match = re.fullmatch(
@@ -280,15 +340,21 @@ def _locate(module: str) -> _Place | None:
             module,
         )
         if match and match["in"] in known:
-            return _Place(name, match["prefix"], int(match["block"]), known[match["in"]])
-    return None
+            places[name] = _Place(name, match["prefix"], int(match["block"]), known[match["in"]])
+    return places
 
 
 def _place(
     path: Path, config: Mapping[str, Any], pairs: Mapping[str, _Pair]
 ) -> tuple[dict[str, _Place], list[str]]:
     """The image tower's modules with their places, and the text tower's."""
-    places = {module: _locate(module) for module in pairs}
+    located = {module: _locate(module) for module in pairs}
+    named = [x for module, x in located.items() if x and not _TEXT.search(module)]
+    # layouts share names: the one that has all of them
+    common = next((name for name in LAYOUTS if all(name in x for x in named)), None)
+    places = {
+        module: x.get(common or "") or next(iter(x.values()), None) for module, x in located.items()
+    }
     prefixes = {p.prefix for p in places.values() if p is not None and p.layout == "open_clip"}
     two_towers = _base_class(config) in ("CLIP", "CoCa")  # of open_clip
     placed: dict[str, _Place] = {}
@@ -382,6 +448,35 @@ def _factors(
                 raise ValueError(f"{path}: two LoRAs on {target} of block {place.block}")
             factors[target, place.block] = (part_a, part_b, scale)
     return factors, depth
+
+
+def _dora_factors(
+    path: Path,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, _Pair],
+    placed: Mapping[str, _Place],
+    magnitudes: Mapping[str, Tensor],
+    vit: ViT,
+) -> tuple[dict[tuple[str, int], _Triple], int]:
+    """`_factors` of DoRA: changes of full rank."""
+    factors: dict[tuple[str, int], _Triple] = {}
+    for module, place in placed.items():
+        if place.layout == "open_clip" and (place.target == "qkv" or module.endswith(_WHOLE)):
+            raise ValueError(f"{path}: DoRA on nn.MultiheadAttention ({module}) is not supported")
+        if place.block >= vit.config.depth:
+            raise ValueError(
+                f"{path}: {module} is not in the backbone, which has {vit.config.depth} blocks"
+            )
+        (a, b), weight = pairs[module], base_weight(vit, place.block, place.target)
+        scale = _scale(path, config, module, a, b)
+        try:
+            change = dora_change(weight, a, b, scale, magnitudes[module])
+        except ValueError as error:
+            raise ValueError(f"{path}: {module}: {error}") from None
+        parts = change.chunk(3) if place.target == "qkv" else (change,)
+        for target, part in zip(QKV if len(parts) == 3 else (place.target,), parts, strict=True):
+            factors[target, place.block] = (*full_rank(part), 1.0)
+    return factors, vit.config.depth
 
 
 def _scale(path: Path, config: Mapping[str, Any], module: str, a: Tensor, b: Tensor) -> float:
@@ -532,10 +627,12 @@ def _read_head(
                 names = _names(file, json.loads(metadata["class_names"]))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}: class_names must be a JSON list, {error}") from None
-    elif head is not None and _base_class(config) == "CLIPForImageClassification":
+    elif head is not None and _base_class(config) in (
+        "CLIPForImageClassification", "SiglipForImageClassification"
+    ):  # fmt: skip
         log.warning(
-            "%s: its head reads the mean of the patches, where the backbone here gives CLS; it is"
-            " left out", path,
+            "%s: its head reads the mean of the patches, where the backbone here gives CLS or pools"
+            " by attention; it is left out", path,
         )  # fmt: skip
         head = module = None
     if names is None and (path / "class_names.json").is_file():

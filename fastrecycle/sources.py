@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastrecycle.conventions import Told, check_fields
 from fastrecycle.files import load_safetensors, load_torch, read_json
+from fastrecycle.layouts import LayoutName
 from fastrecycle.vit import PRESETS, ViTConfig
-from fastrecycle.weights import CONFIG_KEY, LayoutName, Told, check_fields, convert, detect, listed
+from fastrecycle.weights import CONFIG_KEY, convert, detect, listed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -187,7 +189,18 @@ def _download_failed(source: str, error: Exception) -> OSError:
     )
 
 
-def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+def open_clip_model(name: str) -> Any:
+    """A model of open_clip with its weights, both towers.
+
+    Args:
+        name: MODEL/PRETRAINED, where PRETRAINED may be a file; or hf-hub:..., local-dir:...
+
+    Raises:
+        FileNotFoundError: no such file or tag.
+        OSError: a download failed.
+        ValueError: no such model, or weights of another one.
+
+    """
     source = f"open_clip:{name}"
     open_clip = _lazily("open_clip", source, "open_clip_torch")
     whole = name.startswith(("hf-hub:", "local-dir:"))  # these name their weights themselves
@@ -217,22 +230,30 @@ def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tenso
                 f" tags: {listed(tags, 20) or 'none'}"
             )
     try:
-        model = open_clip.create_model(model_name, pretrained=pretrained or None)
+        return open_clip.create_model(model_name, pretrained=pretrained or None)
     except OSError as error:
         raise _download_failed(source, error) from None
     except Exception as error:  # a damaged file, or weights of another model
         raise ValueError(f"{source}: open_clip cannot load this ({error})") from None
-    return convert(model.visual.state_dict(), config, open_clip_facts(model.visual))
+
+
+def _from_open_clip(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
+    visual = open_clip_model(name).visual
+    return convert(visual.state_dict(), config, open_clip_facts(visual))
 
 
 def open_clip_facts(visual: nn.Module) -> dict[str, Any]:
     """What an open_clip vision tower says of itself and its names do not.
 
     Raises:
-        ValueError: not a plain ViT with a CLS feature.
+        ValueError: neither a plain ViT with a CLS feature nor a timm tower that `timm_facts` takes.
 
     """
     tower: Any = visual
+    mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
+    pixels = _statistics({"mean": mean, "std": std}, "mean", "std")
+    if type(tower).__name__ == "TimmModel":  # SigLIP, EVA and others
+        return timm_facts(tower.trunk) | pixels
     if type(tower).__name__ != "VisionTransformer" or tower.pool_type != "tok":
         raise ValueError(
             f"open_clip: expected a VisionTransformer read from its CLS token, got"
@@ -244,8 +265,7 @@ def open_clip_facts(visual: nn.Module) -> dict[str, Any]:
         "heads": block.attn.num_heads,
         "norm_eps": tower.ln_post.eps,
     }
-    mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)
-    return facts | _statistics({"mean": mean, "std": std}, "mean", "std")
+    return facts | pixels
 
 
 def _from_timm(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -265,22 +285,80 @@ def timm_facts(model: nn.Module) -> dict[str, Any]:
     """What a timm model says of itself and its names do not.
 
     Raises:
-        ValueError: not a plain ViT with a CLS feature.
+        ValueError: not a `VisionTransformer` or `Eva`, or with parts that `ViT` lacks: gated MLPs,
+            other rotary positions than DINOv3's, norms after the branches, another pooling.
 
     """
     vit: Any = model
-    pooling = getattr(vit, "global_pool", None)
-    if not type(vit).__name__.startswith("VisionTransformer") or pooling != "token":
+    kind, pooling = type(vit).__name__, getattr(vit, "global_pool", None)
+    if not (kind.startswith("VisionTransformer") or kind == "Eva"):
         raise ValueError(
-            f"timm: expected a VisionTransformer read from its CLS token, got {type(vit).__name__}"
-            f" with pooling {pooling!r}"
+            f"timm: expected a VisionTransformer or an Eva, got {kind} with pooling {pooling!r}"
         )
-    facts = {
-        "activation": _activation(type(vit.blocks[0].mlp.act).__name__, "timm"),
-        "heads": vit.blocks[0].attn.num_heads,
-        "norm_eps": vit.norm.eps,
+    block = vit.blocks[0]
+    norm = vit.norm if hasattr(vit.norm, "eps") else vit.fc_norm
+    missing = [
+        what
+        for what, there in (
+            (f"its pooling {pooling!r}", pooling not in ("token", "avg", "map")
+             or getattr(vit, "pool_include_prefix", False)),
+            ("two last norms", hasattr(vit.norm, "eps") and hasattr(vit.fc_norm, "eps")),
+            ("no last norm", not hasattr(norm, "eps")),
+            (f"blocks of type {type(block).__name__}",
+             type(block).__name__ not in ("Block", "EvaBlock")),
+            (f"its {type(block.norm1).__name__}", type(block.norm1).__name__ != "LayerNorm"),
+            (f"its MLP, {type(getattr(block, 'mlp', None)).__name__} (SwiGLU is not supported)",
+             type(getattr(block, "mlp", None)).__name__ != "Mlp"),
+            ("its patch embedding", type(vit.patch_embed).__name__ != "PatchEmbed"),
+        )
+        if there
+    ]  # fmt: skip
+    if missing:
+        raise ValueError(f"timm: this model has parts that a plain ViT lacks: {missing[0]}")
+    pools = {
+        "token": "cls",
+        "map": "map",
+        "avg": "mean_norm" if norm is vit.fc_norm else "norm_mean",
     }
+    facts = {
+        "activation": _timm_activation(block.mlp.act),
+        "heads": block.attn.num_heads,
+        "norm_eps": norm.eps,
+        "pool": pools[str(pooling)],
+        "rope": _timm_rope(getattr(vit, "rope", None), block.attn),
+    }
+    if getattr(vit, "pos_embed", None) is None:  # no table tells the image size
+        facts["image_size"] = vit.pretrained_cfg["input_size"][-1]
     return facts | _statistics(vit.pretrained_cfg, "mean", "std")
+
+
+def _timm_activation(act: nn.Module) -> str:
+    tanh = type(act).__name__ == "GELUTanh" or getattr(act, "approximate", "none") == "tanh"
+    return _activation("gelu_tanh" if tanh else type(act).__name__, "timm")
+
+
+def _timm_rope(rope: Any, attention: Any) -> str:
+    """Our name of timm's rotary positions.
+
+    Raises:
+        ValueError: others than DINOv3's.
+
+    """
+    if rope is None:
+        return "none"
+    ours = {
+        "temperature": 100.0, "min_period": None, "max_period": None, "grid_offset": 0.0,
+        "grid_indexing": "ij", "normalize_coords": "separate",
+    }  # fmt: skip
+    if (
+        type(rope).__name__ != "RotaryEmbeddingDinoV3"
+        or not attention.rotate_half
+        or any(getattr(rope, name) != value for name, value in ours.items())
+    ):
+        raise ValueError(
+            f"timm: expected no rotary positions (RoPE) or DINOv3's, got {type(rope).__name__}"
+        )
+    return "dinov3"
 
 
 def _from_hub(name: str, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -317,9 +395,10 @@ def _activation(name: str, where: str) -> str:
         "gelu": "gelu", "GELU": "gelu", "GELUActivation": "gelu",
         "quick_gelu": "quick_gelu", "quickgelu": "quick_gelu", "QuickGELU": "quick_gelu",
         "QuickGELUActivation": "quick_gelu",
+        "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "GELUTanh": "gelu_tanh",
     }  # fmt: skip
     if name not in known:
-        raise ValueError(f"{where}: expected activation gelu or quick_gelu, got {name}")
+        raise ValueError(f"{where}: expected activation gelu, gelu_tanh or quick_gelu, got {name}")
     return known[name]
 
 
@@ -337,20 +416,15 @@ def _beside(folder: Path, layout: LayoutName) -> dict[str, Any]:
         return value if isinstance(value, dict) else {}
 
     config = read("config.json")
-    if layout in ("hf_clip", "hf_vit"):
+    if layout in _HF_KINDS:
         facts = _hf_facts(config, layout, str(folder / "config.json"))
         processor = read("preprocessor_config.json") or read("processor_config.json")
         processor = processor.get("image_processor", processor)
         if processor.get("do_normalize") is False:
             return facts | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
         return facts | _statistics(processor, "image_mean", "image_std")
-    if layout == "timm" and "architecture" in config:
-        arguments = config.get("model_args") or {}
-        facts = _statistics(config.get("pretrained_cfg", config), "mean", "std")
-        act = arguments.get("act_layer") or (
-            "quickgelu" if "quickgelu" in config["architecture"] else "gelu"
-        )
-        return facts | {"activation": _activation(act, str(folder / "config.json"))}
+    if layout in ("timm", "timm_eva") and "architecture" in config:
+        return _timm_folder(config, layout, str(folder / "config.json"))
     if layout == "openai":
         config = read("open_clip_config.json")
         model = config.get("model_cfg", {})
@@ -365,18 +439,46 @@ def _beside(folder: Path, layout: LayoutName) -> dict[str, Any]:
     return {}
 
 
+def _timm_folder(config: Mapping[str, Any], layout: LayoutName, where: str) -> dict[str, Any]:
+    """From timm's config.json."""
+    arguments, name = config.get("model_args") or {}, str(config["architecture"])
+    pretrained = config.get("pretrained_cfg", config)
+    facts = _statistics(pretrained, "mean", "std")
+    act = arguments.get("act_layer") or ("quickgelu" if "quickgelu" in name else "gelu")
+    facts["activation"] = _activation(act, where)
+    if layout == "timm_eva" and "_dinov3" in name:
+        facts["rope"] = "dinov3"
+        facts["image_size"] = int(pretrained.get("input_size", (3, 256, 256))[-1])
+        pooling = config.get("global_pool") or "avg"
+        facts["pool"] = {"token": "cls", "avg": "norm_mean"}.get(pooling, pooling)
+    elif layout == "timm_eva" and name.startswith("eva_giant"):
+        facts["rope"] = "none"
+    return facts
+
+
+_HF_KINDS: dict[LayoutName, tuple[tuple[str, ...], str, float]] = {
+    # model types, and their defaults of activation and eps
+    "hf_clip": (("clip", "clip_vision_model"), "quick_gelu", 1e-5),
+    "hf_siglip": (("siglip", "siglip_vision_model"), "gelu_pytorch_tanh", 1e-6),
+    "hf_vit": (("vit", "deit"), "gelu", 1e-12),
+    "hf_dinov2": (("dinov2", "dinov2_with_registers"), "gelu", 1e-6),
+    "hf_dinov3": (("dinov3_vit",), "gelu", 1e-5),
+}
+
+
 def _hf_facts(config: Mapping[str, Any], layout: LayoutName, where: str) -> dict[str, Any]:
     """From a config.json; fields that it leaves out have the defaults of its model type."""
-    kinds = {"hf_clip": ("clip", "clip_vision_model"), "hf_vit": ("vit", "deit")}[layout]
+    kinds, act, eps = _HF_KINDS[layout]
     if config.get("model_type") not in kinds:
         return {}
     vision = config.get("vision_config") or config
-    act, eps = ("quick_gelu", 1e-5) if layout == "hf_clip" else ("gelu", 1e-12)
     facts = {
         "activation": _activation(str(vision.get("hidden_act", act)), where),
         "norm_eps": float(vision.get("layer_norm_eps", eps)),
-        "heads": int(vision.get("num_attention_heads", 12)),
+        "heads": int(vision.get("num_attention_heads", 6 if layout == "hf_dinov3" else 12)),
     }
+    if layout == "hf_dinov3" and float(vision.get("rope_theta", 100.0)) != 100.0:
+        raise ValueError(f"{where}: rope_theta must be 100, got {vision['rope_theta']}")
     if isinstance(vision.get("image_size"), int):
         facts["image_size"] = vision["image_size"]
     return facts

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fastrecycle import ops
 from fastrecycle.lora import LoRA, LoRAStack
+from fastrecycle.pooling import MapPool, patch_mean
+from fastrecycle.positions import resized_table, rotary_table, rotated
 from fastrecycle.pruning import PruneSchedule, kept_count, patches_after_blocks
 
 Triple = tuple[float, float, float]
@@ -40,12 +42,19 @@ class ViTConfig:
     heads: int = 12
     mlp_dim: int = 3072
     out_dim: int | None = None  # width of a projection after the last norm; None: none
-    prefix_tokens: int = 1  # CLS, and DeiT's distillation token
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    prefix_tokens: int = 1  # CLS, DeiT's distillation token, registers: in this order
+    registers: int = 0  # of the prefix tokens
+    pool: Literal["cls", "norm_mean", "mean_norm", "map"] = "cls"
+    """The feature: CLS after the last norm; the mean of the patches after it, or normalised after
+    the mean; or attention pooling of the normalised patches (`fastrecycle.pooling.MapPool`)."""
+    activation: ops.ActivationKind = "gelu"
     norm_eps: float = 1e-6
     pre_norm: bool = False  # CLIP's LayerNorm after the embedding
     patch_bias: bool = True
     qkv_bias: bool = True
+    qk_norm: bool = False  # LayerNorm of each head's queries and keys
+    layer_scale: bool = False  # learned factors of each residual branch's channels
+    rope: Literal["none", "dinov3"] = "none"  # rotary positions
     residual_scale: float = 1.0  # factor of each residual branch; LV-ViT's is 1/2
     stem: Literal["patch", "lvvit"] = "patch"
     mean: Triple = IMAGENET_MEAN  # of the pixels, range [0, 1]
@@ -59,8 +68,27 @@ class ViTConfig:
             )
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width: must be a multiple of heads {self.heads}, got {self.width}")
-        if self.activation not in ("gelu", "quick_gelu"):
-            raise ValueError(f'activation: must be "gelu" or "quick_gelu", got {self.activation!r}')
+        for name, known in (
+            ("activation", ("gelu", "gelu_tanh", "quick_gelu")),
+            ("pool", ("cls", "norm_mean", "mean_norm", "map")),
+            ("rope", ("none", "dinov3")),
+        ):
+            if getattr(self, name) not in known:
+                listed = ", ".join(f'"{x}"' for x in known)
+                raise ValueError(f"{name}: must be one of {listed}; got {getattr(self, name)!r}")
+        if not 0 <= self.registers <= self.prefix_tokens:
+            raise ValueError(
+                f"registers: must be in [0, prefix_tokens = {self.prefix_tokens}],"
+                f" got {self.registers}"
+            )
+        if self.pool == "cls" and self.registers == self.prefix_tokens:
+            raise ValueError(
+                'pool: "cls" needs a CLS token, got none; use "norm_mean", "mean_norm" or "map"'
+            )
+        if self.rope != "none" and self.width // self.heads % 4:
+            raise ValueError(
+                f"rope: needs a head width that is a multiple of 4, got {self.width // self.heads}"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not (isinstance(values, tuple) and len(values) == 3):
@@ -97,6 +125,16 @@ PRESETS: dict[str, ViTConfig] = {
         width=512, depth=20, heads=8, mlp_dim=1536, norm_eps=1e-5, qkv_bias=False,
         residual_scale=0.5, stem="lvvit",
     ),
+    "siglip_b_16": ViTConfig(
+        prefix_tokens=0, pool="map", activation="gelu_tanh", mean=HALF, std=HALF
+    ),
+    "dinov2_b_14": ViTConfig(image_size=518, patch_size=14, layer_scale=True),
+    "dinov2_b_14_reg4": ViTConfig(
+        image_size=518, patch_size=14, prefix_tokens=5, registers=4, layer_scale=True
+    ),
+    "dinov3_b_16": ViTConfig(
+        prefix_tokens=5, registers=4, norm_eps=1e-5, layer_scale=True, rope="dinov3"
+    ),
     "vit_ti_16": ViTConfig(width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF),
     "demo": ViTConfig(
         image_size=64, patch_size=8, width=192, heads=3, mlp_dim=768, mean=HALF, std=HALF
@@ -109,7 +147,7 @@ class ViTOutput(NamedTuple):
 
     features: Tensor  # (B, features)
     kept: Tensor  # (B, k) int64, patches alive after the last block, ascending
-    cls_scores: Tensor  # (B, k') float32: last block's CLS attention on its patches
+    cls_scores: Tensor  # (B, k') float32: last block's attention on its patches, see `encode`
 
 
 @dataclass(frozen=True)
@@ -168,6 +206,11 @@ def _fp8(linear: nn.Linear) -> ops.Fp8Weight | None:
     return linear.weight8() if isinstance(linear, Fp8Linear) else None
 
 
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A branch under its LayerScale, in its own dtype."""
+    return branch if scale is None else branch * scale.to(branch.dtype)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; tokens are dropped between its two halves.
 
@@ -179,13 +222,20 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.activation = config.heads, config.activation
         self.residual_scale = config.residual_scale
+        # first of the tokens whose mean query scores patches; None: CLS asks
+        self.scored_from = None if config.pool == "cls" else config.prefix_tokens
         d = config.width
+        of_head, eps = d // config.heads, config.norm_eps
         self.norm1 = nn.LayerNorm(d, eps=config.norm_eps)
         self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
         self.proj = nn.Linear(d, d)
         self.norm2 = nn.LayerNorm(d, eps=config.norm_eps)
         self.fc1 = nn.Linear(d, config.mlp_dim)
         self.fc2 = nn.Linear(config.mlp_dim, d)
+        self.q_norm = nn.LayerNorm(of_head, eps=eps) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(of_head, eps=eps) if config.qk_norm else None
+        self.ls1 = nn.Parameter(torch.ones(d)) if config.layer_scale else None
+        self.ls2 = nn.Parameter(torch.ones(d)) if config.layer_scale else None
 
     def _add_norm(
         self, norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, impl: ops.Impl
@@ -194,6 +244,24 @@ class Block(nn.Module):
         return ops.residual_norm(
             x, branch, norm.weight, norm.bias, norm.eps, self.residual_scale, impl=impl
         )
+
+    def _turn(self, qkv: Tensor, rotation: Tensor | None) -> Tensor:
+        """Queries and keys normalised and turned, (B, N, 3, H, d)."""
+        q, k, v = qkv.unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (
+                norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        return torch.stack((q.to(v.dtype), k.to(v.dtype), v), dim=2)
+
+    def _scores(self, qkv: Tensor, impl: ops.Impl) -> Tensor:
+        """What the mean query of the patches attends to, without gradient: (B, N)."""
+        q, k, _ = qkv.detach().unbind(2)
+        # summed in float32: half precision loses the mean of hundreds of queries
+        mean = q[:, self.scored_from :].mean(1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return ops.cls_scores(mean.to(k.dtype), k.transpose(1, 2), impl=impl)
 
     def attend(
         self,
@@ -205,12 +273,14 @@ class Block(nn.Module):
         queries: int | None = None,
         with_scores: bool = False,
         packing: tuple[Tensor, int] | None = None,
+        rotation: Tensor | None = None,
         impl: ops.Impl = "reference",
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The stream; attention(norm1(stream)) of the first `queries` tokens, which the caller is
-        to add; the CLS scores over all tokens (Eq. 5) if asked for.
+        to add; the scores over all tokens (see `ViT.encode`) if asked for.
 
-        x and branch are (B, N, D), or (1, T, D) with packing = (cu_seqlens, longest).
+        x and branch are (B, N, D), or (1, T, D) with packing = (cu_seqlens, longest); rotation, of
+        rotary positions, is (2, B or 1, N, 1, d).
         """
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
         x, y = self._add_norm(self.norm1, x, branch, impl)
@@ -219,18 +289,23 @@ class Block(nn.Module):
             fp8=_fp8(self.qkv), impl=impl,
         )  # fmt: skip
         qkv = qkv.unflatten(-1, (self.heads, -1))
+        if self.q_norm is not None or rotation is not None:
+            qkv = self._turn(qkv, rotation)
         scores = None
         if packing is not None:
             q, k, v = qkv[0].unbind(1)  # (T, H, d) each
             y = ops.varlen_attention(q, k, v, cu_seqlens=packing[0], longest=packing[1])
             y = y.flatten(1)[None]
-        else:
+        elif self.scored_from is None:
             y, scores = ops.attention(qkv, queries=queries, with_scores=with_scores, impl=impl)
+        else:
+            y, _ = ops.attention(qkv, queries=queries, impl=impl)
+            scores = self._scores(qkv, impl) if with_scores else None
         y = ops.lora_linear(
             y, self.proj.weight, self.proj.bias, lora.get("proj"), lora_index=lora_index,
             fp8=_fp8(self.proj), impl=impl,
         )  # fmt: skip
-        return x, y, scores
+        return x, _scaled(y, self.ls1), scores
 
     def transform(
         self,
@@ -243,10 +318,11 @@ class Block(nn.Module):
         """The stream, and MLP(norm2(stream)), which the caller is to add."""
         first, second, norm = _fp8(self.fc1), _fp8(self.fc2), self.norm2
         if first and second and not lora.keys() & {"fc1", "fc2"}:
-            return ops.residual_mlp(
+            x, y = ops.residual_mlp(
                 x, branch, (norm.weight, norm.bias), norm.eps, self.residual_scale, first,
                 self.fc1.bias, second, self.fc2.bias, self.activation, impl=impl,
             )  # fmt: skip
+            return x, _scaled(y, self.ls2)
         x, y = self._add_norm(norm, x, branch, impl)
         y = ops.lora_linear(
             y, self.fc1.weight, self.fc1.bias, lora.get("fc1"), lora_index=lora_index, fp8=first,
@@ -256,7 +332,7 @@ class Block(nn.Module):
             ops.activation(y, self.activation, impl=impl), self.fc2.weight, self.fc2.bias,
             lora.get("fc2"), lora_index=lora_index, fp8=second, impl=impl,
         )  # fmt: skip
-        return x, y
+        return x, _scaled(y, self.ls2)
 
 
 def _lvvit_stem() -> nn.Sequential:
@@ -272,7 +348,8 @@ def _lvvit_stem() -> nn.Sequential:
 
 
 class ViT(nn.Module):
-    """A frozen vision transformer under any LoRA: CLIP, DeiT, LV-ViT, timm's ViTs.
+    """A frozen vision transformer under any LoRA: CLIP, SigLIP, DeiT, DINOv2, DINOv3, LV-ViT, EVA,
+    timm's ViTs; docs/backbones.md lists them.
 
     Nothing is patched or stored between calls: LoRA, pruning schedule and kept patches are
     arguments. Parameters require no gradient unless the caller asks for it.
@@ -297,16 +374,35 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(d, eps=config.norm_eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.pool = (
+            MapPool(d, config.heads, config.mlp_dim, config.activation, config.norm_eps)
+            if config.pool == "map"
+            else None
+        )
         self.head_proj = nn.Linear(d, config.out_dim, bias=False) if config.out_dim else None
+        self.rotary: Tensor | None  # (2, N, d) cosines and sines, not among the weights
+        self.register_buffer("rotary", None, persistent=False)
         self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: as embedded
+        self._turn_patches()
         self.requires_grad_(False).eval()
+
+    def _turn_patches(self) -> None:
+        """Compute the rotary positions, which no file holds, also for a model without data yet."""
+        config, device = self.config, self.pos_embed.device
+        if config.rope == "dinov3":
+            with torch.device("cpu"):
+                table = rotary_table(
+                    config.grid, config.prefix_tokens, config.width // config.heads
+                )
+            self.rotary = table.to("cpu" if device.type == "meta" else device, torch.float32)
 
     # ------------------------------------------------------------------ construction
 
     @staticmethod
     def preset(name: str, seed: int = 0) -> ViT:
         """Random weights at the shape of a known backbone: "vit_b_16", "vit_b_32", "deit_b_16",
-        "deit_b_16_distilled", "lvvit_m", "vit_ti_16" or "demo".
+        "deit_b_16_distilled", "lvvit_m", "siglip_b_16", "dinov2_b_14", "dinov2_b_14_reg4",
+        "dinov3_b_16", "vit_ti_16" or "demo".
 
         Raises:
             ValueError: no such preset.
@@ -332,6 +428,13 @@ class ViT(nn.Module):
                 module.reset_parameters()
         nn.init.normal_(vit.prefix, std=0.02, generator=generator)
         nn.init.normal_(vit.pos_embed, std=0.02, generator=generator)
+        if vit.pool is not None:
+            nn.init.normal_(vit.pool.probe, std=0.02, generator=generator)
+        if config.layer_scale:
+            for block in cast("list[Block]", vit.blocks):
+                for scale in (block.ls1, block.ls2):
+                    nn.init.ones_(cast("Tensor", scale))
+        vit._turn_patches()
         return vit
 
     @staticmethod
@@ -405,6 +508,52 @@ class ViT(nn.Module):
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         vit.load_state_dict(copies, strict=True, assign=True)
         return vit.requires_grad_(False).eval()
+
+    def resized(self, image_size: int, antialias: bool = True) -> ViT:
+        """The same backbone for another image size: learned positions are interpolated (bicubic),
+        rotary ones computed anew.
+
+        Args:
+            image_size: in pixels, a multiple of the patch size.
+            antialias: as timm and DINOv2 with registers interpolate; False: as DINOv2 does.
+
+        Raises:
+            ValueError: not a multiple of the patch size.
+
+        """
+        config = replace(self.config, image_size=image_size)
+        other = copy.deepcopy(self)
+        other.config = config
+        if config.grid != self.config.grid:
+            table = resized_table(
+                self.pos_embed.detach(), config.prefix_tokens, config.grid, antialias
+            )
+            other.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+            other._turn_patches()
+        return other
+
+    def merged(self, lora: LoRA) -> ViT:
+        """A backbone with a LoRA's changes scale b a added to its weights: the same features.
+
+        Args:
+            lora: for this backbone; its head is not part of the result.
+
+        Raises:
+            ValueError: the LoRA does not fit (see `LoRA.fit`), or weights in float8.
+
+        """
+        lora = lora.fit(self.config).to(self.pos_embed.device)
+        other = copy.deepcopy(self)
+        d = self.config.width
+        for target in lora.a:
+            for block, delta in zip(other.blocks, lora.delta(target), strict=True):
+                linear = getattr(block, "qkv" if target in ("q", "k", "v") else target)
+                if isinstance(linear, Fp8Linear):
+                    raise ValueError("merged: weights are in float8; merge first, then prepare")
+                start = {"k": d, "v": 2 * d}.get(target, 0)
+                rows = linear.weight.data[start : start + len(delta)]
+                rows.copy_(rows.to(delta.dtype) + delta)
+        return other
 
     def prepared(self, dtype: torch.dtype) -> ViT:
         """The same backbone, frozen, with the weights of its products and its residual stream in
@@ -516,7 +665,7 @@ class ViT(nn.Module):
         keep: Tensor | None = None,
         impl: ops.Impl = "reference",
     ) -> ViTOutput:
-        """Features, surviving patches and the last block's CLS scores of a batch.
+        """Features, surviving patches and the last block's scores of them.
 
         Args:
             images: (B, 3, S, S), normalised.
@@ -526,7 +675,9 @@ class ViT(nn.Module):
             prune: {block: ratio}, 0-based: after that block's attention and its residual, before
                 its MLP, int(ratio * patches) of the current patches with the lowest head-averaged
                 CLS attention are dropped (Eq. 5). Survivors keep their own residual; prefix tokens
-                always stay; the choice carries no gradient.
+                always stay; the choice carries no gradient. Where the feature is not CLS, the mean
+                query of the current patches asks in its stead, mean over heads of
+                softmax(mean(q) k^T / sqrt d): a departure from the paper, whose backbones have CLS.
             keep: (B, k) int64 patch indices: only these are embedded and fed forward (Sec. 4.3).
             impl: code of the operations: "reference" (PyTorch) or "triton" (CUDA, frozen weights).
 
@@ -611,7 +762,13 @@ class ViT(nn.Module):
         # image after image, each with its prefix tokens first
         image = torch.arange(len(images), device=images.device)
         owner = torch.cat((image.repeat_interleave(config.prefix_tokens), keep.image))
-        x = self._stream(torch.cat((first, tokens))[owner.argsort(stable=True)][None])
+        order = owner.argsort(stable=True)
+        x = self._stream(torch.cat((first, tokens))[order][None])
+        rotation = None
+        if self.rotary is not None:
+            always = torch.arange(config.prefix_tokens, device=images.device).repeat(len(images))
+            tokens = torch.cat((always, config.prefix_tokens + keep.patches))[order]
+            rotation = self.rotary[:, tokens][:, None, :, None]
         starts = keep.cu_seqlens + config.prefix_tokens * torch.arange(
             len(images) + 1, device=images.device, dtype=torch.int32
         )
@@ -619,17 +776,45 @@ class ViT(nn.Module):
         branch, adapters = None, [] if stack is None else stack.blocks()
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = adapters[i] if adapters else {}
-            x, branch, _ = block.attend(x, branch, adapter, None, packing=packing, impl=impl)
+            x, branch, _ = block.attend(
+                x, branch, adapter, None, packing=packing, rotation=rotation, impl=impl
+            )
             x, branch = block.transform(x, branch, adapter, None, impl)
         assert branch is not None
+        if config.pool != "cls":
+            patch = order >= len(first)
+            member = (owner[order] == image[:, None]) & patch
+            return self._pooled(x, branch, member, impl)
         # rows by `image`: Inductor 2.11 cannot lower an index that is a slice
         cls = starts[image].long()
         return self._features(x[0, cls], branch[0, cls])
 
     def _features(self, x: Tensor, branch: Tensor) -> Tensor:
         """CLS tokens and what the last block adds to them, (B, D) each -> (B, features)."""
-        features = self.norm(x + self.config.residual_scale * branch)
+        return self._projected(self.norm(x + self.config.residual_scale * branch))
+
+    def _projected(self, features: Tensor) -> Tensor:
         return features if self.head_proj is None else self.head_proj(features)
+
+    def _pooled(self, x: Tensor, branch: Tensor, member: Tensor | None, impl: ops.Impl) -> Tensor:
+        """Patches and what the last block adds to them, (B, k, D) each or packed, -> features."""
+        tokens = x + self.config.residual_scale * branch
+        if self.config.pool == "mean_norm":
+            return self._projected(self.norm(patch_mean(tokens, member)))
+        tokens = self.norm(tokens)
+        if self.pool is not None:
+            return self._projected(self.pool(tokens, member, impl))
+        return self._projected(patch_mean(tokens, member))
+
+    def _rotation(self, kept: Tensor | None) -> Tensor | None:
+        """The rotary positions of these patches of each image, (2, B or 1, N, 1, d); None: all."""
+        if self.rotary is None:
+            return None
+        if kept is None:
+            return self.rotary[:, None, :, None]
+        prefix = self.config.prefix_tokens
+        always = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+        return self.rotary[:, torch.cat((always, kept + prefix), dim=1)][:, :, :, None]
 
     def _check(self, images: Tensor, keep: Tensor | None) -> None:
         side = self.config.image_size
@@ -663,12 +848,13 @@ class ViT(nn.Module):
         kept = self._all(images) if keep is None else keep
         adapters = [] if stack is None else stack.blocks()
         x, branch, scores = self.embed(images, keep, impl), None, None
+        rotation, by_cls = self._rotation(keep), config.pool == "cls"
         for i, block in enumerate(cast("list[Block]", self.blocks)):
             adapter = adapters[i] if adapters else {}
             drops, last = counts[i] < patches, i == config.depth - 1
             x, branch, scores = block.attend(
-                x, branch, adapter, lora_index, queries=1 if last else None,
-                with_scores=drops or (last and with_scores), impl=impl,
+                x, branch, adapter, lora_index, queries=1 if last and by_cls else None,
+                with_scores=drops or (last and with_scores), rotation=rotation, impl=impl,
             )  # fmt: skip
             if drops:
                 assert scores is not None
@@ -676,16 +862,21 @@ class ViT(nn.Module):
                 alive = ops.top_patches(own, counts[i], impl=impl)
                 kept = kept.gather(1, alive)
                 patches = counts[i]
-            if last:  # nothing reads the other tokens any more
+            if last and by_cls:  # nothing reads the other tokens any more
                 x = x[:, :1]
             elif drops:
+                rotation = self._rotation(kept)
                 always = torch.arange(config.prefix_tokens, device=x.device)
                 tokens = torch.cat((always.expand(len(x), -1), alive + config.prefix_tokens), dim=1)
                 x = ops.token_gather(x, tokens, impl=impl)
                 branch = ops.token_gather(branch, tokens, impl=impl)
             x, branch = block.transform(x, branch, adapter, lora_index, impl)
         assert branch is not None
-        features = self._features(x[:, 0], branch[:, 0])
+        if by_cls:
+            features = self._features(x[:, 0], branch[:, 0])
+        else:
+            p = config.prefix_tokens
+            features = self._pooled(x[:, p:], branch[:, p:], None, impl)
         if with_scores and scores is not None:
             scores = scores[:, config.prefix_tokens :]
         return features, kept, scores if with_scores else None
@@ -734,5 +925,7 @@ def flops(
         total += 4 * before * d * d + 4 * before * d
         total += 2 * left * d * config.mlp_dim + 4 * left * d
         n = after
+    if config.pool == "map":  # its query is the same for every image
+        total += 2 * n * d * d + d * d + 2 * d * config.mlp_dim + 4 * n * d
     total += 4 * d + (d * config.out_dim if config.out_dim else 0)
     return 3 * total / 1e9

@@ -1,6 +1,8 @@
 """The activation of an MLP, and its gradient from the input alone: one elementwise pass each way.
 
 gelu:        g = u Phi(u),          g' = Phi(u) + u phi(u),    Phi(u) = (1 + erf(u / sqrt 2)) / 2
+gelu_tanh:   g = u s,  s = sigmoid(2 z) = (1 + tanh z) / 2,    g' = s (1 + 2 u z' (1 - s)),
+             z = sqrt(2 / pi) (u + 0.044715 u^3)
 quick_gelu:  g = u q,  q = sigmoid(1.702 u),                   g' = q (1 + 1.702 u (1 - q))
 """
 
@@ -13,36 +15,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KINDS = ("gelu", "quick_gelu")
+KINDS = ("gelu", "quick_gelu", "gelu_tanh")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK, WARPS = 2048, 4  # numbers of a program, its warps
 
 
 @triton.jit
-def _both(u, QUICK: tl.constexpr):
-    """The share of u that passes, and the gradient."""
-    if QUICK:
+def _both(u, KIND: tl.constexpr):
+    """The share of u that passes, and the gradient; KIND counts in `KINDS`."""
+    if KIND == 1:
         share = tl.sigmoid(1.702 * u)
         return share, share * (1 + 1.702 * u * (1 - share))
+    elif KIND == 2:
+        share = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        slope = 1.5957691216057308 * (1 + 0.134145 * u * u)
+        # far out, where u slope overflows, the share is 0 or 1 already
+        inner = tl.where(share * (1 - share) == 0, 0.0, u * slope)
+        return share, share * (1 + inner * (1 - share))
     else:
         share = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
         return share, share + u * (0.3989422804014327 * tl.exp(-0.5 * u * u))
 
 
 @triton.jit
-def _forward(u, g, numbers, QUICK: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(u, g, numbers, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + at, mask=at < numbers).to(tl.float32)
-    share, _ = _both(value, QUICK)
+    share, _ = _both(value, KIND)
     tl.store(g + at, (value * share).to(g.dtype.element_ty), mask=at < numbers)
 
 
 @triton.jit
-def _backward(dg, u, du, numbers, QUICK: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(dg, u, du, numbers, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     flow = tl.load(dg + at, mask=at < numbers).to(tl.float32)
     value = tl.load(u + at, mask=at < numbers).to(tl.float32)
-    _, slope = _both(value, QUICK)
+    _, slope = _both(value, KIND)
     tl.store(du + at, (flow * slope).to(du.dtype.element_ty), mask=at < numbers)
 
 
@@ -53,7 +61,7 @@ def _launch_forward(u: Tensor, kind: str) -> Tensor:
     g = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if numbers := u.numel():
         _forward[(triton.cdiv(numbers, BLOCK),)](
-            u.contiguous(), g, numbers, QUICK=kind == "quick_gelu", BLOCK=BLOCK, num_warps=WARPS
+            u.contiguous(), g, numbers, KIND=KINDS.index(kind), BLOCK=BLOCK, num_warps=WARPS
         )
     return g
 
@@ -62,7 +70,7 @@ def _launch_backward(dg: Tensor, u: Tensor, kind: str) -> Tensor:
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if numbers := u.numel():
         _backward[(triton.cdiv(numbers, BLOCK),)](
-            dg.contiguous(), u.contiguous(), du, numbers, QUICK=kind == "quick_gelu",
+            dg.contiguous(), u.contiguous(), du, numbers, KIND=KINDS.index(kind),
             BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return du
@@ -108,8 +116,8 @@ _activation.register_autograd(_gradient, setup_context=_save)
 # ------------------------------------------------------------------ function
 
 
-def activation(u: Tensor, kind: Literal["gelu", "quick_gelu"]) -> Tensor:
-    """GELU, exact by the error function, or u sigmoid(1.702 u); computed in float32.
+def activation(u: Tensor, kind: Literal["gelu", "quick_gelu", "gelu_tanh"]) -> Tensor:
+    """GELU, exact by the error function or by tanh, or u sigmoid(1.702 u); computed in float32.
 
     Args:
         u: bfloat16, float16 or float32, any shape.

@@ -40,7 +40,7 @@ NUMBERS, WARPS = 1024, 4  # numbers of a program's chunk of columns, its warps
 @triton.jit
 def _quantise(
     x, u, out, scales, rows, x_row, u_row,
-    WIDTH: tl.constexpr, SHARE: tl.constexpr, SLOPE: tl.constexpr, QUICK: tl.constexpr,
+    WIDTH: tl.constexpr, SHARE: tl.constexpr, SLOPE: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """x, or activation(x) (SHARE), or activation'(u) x (SLOPE), in 8 bits and a scale a row."""
@@ -53,11 +53,11 @@ def _quantise(
         value = tl.load(x + r[:, None] * x_row + c[None, :], mask=inside, other=0.0)
         value = value.to(tl.float32)
         if SHARE:
-            share, _ = _both(value, QUICK)
+            share, _ = _both(value, KIND)
             value *= share
         if SLOPE:
             at = tl.load(u + r[:, None] * u_row + c[None, :], mask=inside, other=0.0)
-            _, slope = _both(at.to(tl.float32), QUICK)
+            _, slope = _both(at.to(tl.float32), KIND)
             value *= slope
         parts = parts + (value,)  # noqa: RUF005 (Triton knows no star)
         most = tl.maximum(most, tl.max(tl.abs(value), 1))
@@ -96,7 +96,8 @@ def _launch(
         _quantise[(triton.cdiv(len(rows), count),)](
             rows, other, out, scales, len(rows), rows.stride(0), other.stride(0),
             WIDTH=rows.shape[1], SHARE=kind is not None and forward, SLOPE=not forward,
-            QUICK=kind == "quick_gelu", ROWS=count, CHUNK=chunk, CHUNKS=chunks, num_warps=warps,
+            KIND=0 if kind is None else KINDS.index(kind), ROWS=count, CHUNK=chunk, CHUNKS=chunks,
+            num_warps=warps,
         )  # fmt: skip
     return out, scales
 
@@ -296,7 +297,7 @@ def residual_mlp(
     first_bias: Tensor | None,
     second: Fp8Weight,
     second_bias: Tensor | None,
-    kind: Literal["gelu", "quick_gelu"],
+    kind: Literal["gelu", "quick_gelu", "gelu_tanh"],
 ) -> tuple[Tensor, Tensor]:
     """S = x + scale branch, and MLP(LayerNorm(s)) with products in e4m3; all weights are frozen.
 

@@ -132,11 +132,12 @@ def residual_norm(
 
 
 def activation(u: Tensor, kind: str) -> Tensor:
-    """GELU, u Phi(u), or "quick_gelu", u sigmoid(1.702 u)."""
+    """GELU, u Phi(u), "gelu_tanh", its approximation, or "quick_gelu", u sigmoid(1.702 u)."""
     if kind == "quick_gelu":
         wider = u.to(wide(u))
         return (wider * torch.sigmoid(1.702 * wider)).to(u.dtype)
-    return torch.nn.functional.gelu(u)  # in float32 of itself
+    approximate = "tanh" if kind == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(u, approximate=approximate)  # in float32 of itself
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ On a machine without CUDA in Triton's interpreter, so on toy networks. Tolerance
 some hundred terms near 1, in another order.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import toys
@@ -82,6 +84,39 @@ def test_vit_matches_reference(arguments):
     features = [vit(images, stack, impl=impl, **arguments) for impl in ("reference", "triton")]
     same(features[1], features[0])
     gradients = [torch.autograd.grad(f.square().sum(), images)[0] for f in features]
+    same(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0.1
+
+
+OTHERS = {
+    "siglip": replace(toys.CONFIG, prefix_tokens=0, pool="map", activation="gelu_tanh"),
+    "dinov2": replace(
+        toys.CONFIG, image_size=18, patch_size=6, prefix_tokens=4, registers=3, layer_scale=True
+    ),
+    "dinov3": replace(
+        toys.CONFIG, prefix_tokens=3, registers=2, layer_scale=True, rope="dinov3",
+        pool="norm_mean",
+    ),
+    "normalised": replace(
+        toys.CONFIG, prefix_tokens=2, registers=2, qk_norm=True, pool="mean_norm"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [{"prune": {0: 0.25, 1: 0.5}}, {"keep": True}])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_backbones_match_reference(name, arguments):
+    config = replace(OTHERS[name], depth=2)  # the interpreter takes seconds a block
+    side = config.image_size
+    vit, stack = toys.vit(config).to(DEVICE), toys.lora(config=config).stack().to(DEVICE)
+    images = torch.randn(2, 3, side, side, generator=toys.generator(1)).to(DEVICE).requires_grad_()
+    if "keep" in arguments:
+        arguments = {"keep": torch.tensor([[0, 3, 5, 7], [1, 2, 6, 8]]).to(DEVICE)}
+    outputs = [vit.encode(images, stack, impl=x, **arguments) for x in ("reference", "triton")]
+    same(outputs[1].features, outputs[0].features)
+    same(outputs[1].cls_scores, outputs[0].cls_scores)
+    assert torch.equal(outputs[1].kept, outputs[0].kept)
+    gradients = [torch.autograd.grad(x.features.square().sum(), images)[0] for x in outputs]
     same(gradients[1], gradients[0])
     assert gradients[0].abs().max() > 0.1
 

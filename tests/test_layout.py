@@ -12,14 +12,15 @@ PACKAGE = ROOT / "fastrecycle"
 
 # Data flows down this list: at import, a module takes only from those above it.
 ORDER = [
-    "config", "files", "augment", "capture", "pruning", "ops", "lora", "peft_format", "vit",
-    "weights", "sources", "prior", "pool", "inversion", "classifier", "metatrain", "data",
-    "embedding_cache", "eval", "baselines", "pretune", "inputs", "run", "recycler", "report",
-    "bench_report", "info", "options", "demo", "cli",
+    "config", "files", "augment", "capture", "pruning", "positions", "ops", "pooling", "lora",
+    "lora_files", "dora", "peft_format", "vit", "layouts", "conventions", "weights", "sources",
+    "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
+    "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
+    "info", "options", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
-    ("lora", "peft_format"),  # LoRA.load, LoRA.save
+    ("lora", "peft_format"), ("lora", "lora_files"),  # LoRA.load, LoRA.save
     ("vit", "weights"), ("vit", "sources"),  # ViT.from_state_dict, from_pretrained, save
     ("eval", "cli"),  # python -m fastrecycle.eval
     ("cli", "demo"),

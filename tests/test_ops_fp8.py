@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # the interpreter's sigmoid
 ]
 on_gpu = pytest.mark.skipif(MISSING, reason="no GPU with float8")
-KINDS = pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
+KINDS = pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "quick_gelu"])
 BOUND = math.sqrt(2) * 2**-4
 
 

@@ -72,12 +72,51 @@ def open_clip_visual():
     return model, lambda m, x: m(x), CLIP
 
 
+def hf_siglip():
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF))
+    config = dataclasses.replace(PLAIN, prefix_tokens=0, pool="map", activation="gelu_tanh")
+    return model, lambda m, x: m(pixel_values=x).pooler_output, config
+
+
+def hf_dinov2():
+    fields = {k: v for k, v in HF.items() if k != "intermediate_size"} | {"mlp_ratio": MLP // WIDTH}
+    config = transformers.Dinov2WithRegistersConfig(**fields, num_register_tokens=2)
+    model = transformers.Dinov2WithRegistersModel(config)
+    ours = dataclasses.replace(PLAIN, prefix_tokens=3, registers=2, layer_scale=True)
+    return model, lambda m, x: m(pixel_values=x).pooler_output, ours
+
+
+def hf_dinov3():
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF, num_register_tokens=2))
+    ours = dataclasses.replace(
+        PLAIN, prefix_tokens=3, registers=2, layer_scale=True, rope="dinov3", norm_eps=1e-5
+    )
+    return model, lambda m, x: m(pixel_values=x).pooler_output, ours
+
+
+def timm_dinov3():
+    timm = pytest.importorskip("timm", reason="needs the real models")
+    model = timm.create_model(
+        "vit_base_patch16_dinov3", img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH,
+        num_heads=HEADS, mlp_ratio=MLP / WIDTH, num_classes=0, global_pool="token",
+    )  # fmt: skip
+    ours = dataclasses.replace(
+        PLAIN, prefix_tokens=5, registers=4, layer_scale=True, rope="dinov3", norm_eps=1e-5,
+        qkv_bias=False,
+    )  # fmt: skip
+    return model, lambda m, x: m(x), ours
+
+
 TARGETS = {  # model -> (layout, target_modules, modules_to_save)
     hf_clip: ("hf_clip", ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], None),
     hf_vit: ("hf_vit", ["q_proj", "v_proj"], None),
     hf_vit_classifier: ("hf_vit", ["q_proj", "k_proj", "o_proj", "fc1", "fc2"], ["classifier"]),
     timm_vit: ("timm", ["qkv", "attn.proj", "mlp.fc1", "fc2"], ["head"]),
     open_clip_visual: ("open_clip", ["attn", "c_fc", "c_proj"], None),
+    hf_siglip: ("hf_clip", ["q_proj", "v_proj", "self_attn.out_proj"], None),
+    hf_dinov2: ("hf_dinov2", ["q_proj", "v_proj", "o_proj", "fc1", "fc2"], None),
+    hf_dinov3: ("hf_dinov3", ["q_proj", "v_proj", "up_proj"], None),
+    timm_dinov3: ("timm", ["qkv", "attn.proj", "mlp.fc2"], None),
 }
 MODELS = pytest.mark.parametrize("make", list(TARGETS), ids=lambda make: make.__name__)
 
@@ -215,6 +254,10 @@ def mixed_lora(config, head=None, names=None):
         ("hf_vit", hf_vit, None),
         ("hf_vit", hf_vit_classifier, "vit."),
         ("timm", timm_vit, None),
+        ("timm", timm_dinov3, None),
+        ("hf_clip", hf_siglip, ""),
+        ("hf_dinov2", hf_dinov2, None),
+        ("hf_dinov3", hf_dinov3, None),
         ("open_clip", open_clip_visual, ""),
     ],
 )
@@ -223,7 +266,7 @@ def test_mixed_ranks_load_in_peft_with_the_same_output(layout, make, prefix, ima
     lora = mixed_lora(config)
     lora = dataclasses.replace(lora, layout=layout, prefix=prefix)
     lora.save(tmp_path)
-    tops = [k for k in state if k.startswith(("classifier.", "head."))]
+    tops = [k for k in state if k.startswith("classifier.") or k in ("head.weight", "head.bias")]
     head = {k.rpartition(".")[2]: state[k] for k in tops}
     theirs = dataclasses.replace(lora, head=Head(head["weight"], head["bias"]) if head else None)
     wanted = through_ours(state, config, theirs, images)
@@ -263,6 +306,45 @@ def test_patterns_and_rslora_match_peft(make, images, tmp_path):
         ViT(config)(images, lora)
     lora.save(tmp_path / "again")  # rsLoRA becomes a plain alpha
     assert LoRA.load(tmp_path / "again").scale["fc2"].tolist() == lora.scale["fc2"].tolist()
+
+
+@pytest.mark.parametrize("make", [hf_vit, timm_dinov3], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_is_exact_with_its_backbone(make, rslora, images, tmp_path):
+    model, state, output, config = build(make)
+    _, targets, _ = TARGETS[make]
+    options = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=[*targets, "fc1"], use_dora=True, use_rslora=rslora
+    )
+    wanted = train(model, output, images, options, tmp_path)
+    vit = ViT.from_state_dict(state, config)
+    with pytest.raises(ValueError, match=r"DoRA.*LoRA\.load\(path, vit\)"):
+        LoRA.load(tmp_path)
+    lora = LoRA.load(tmp_path, vit)
+    assert lora.ranks["q"] == (WIDTH,) * DEPTH
+    torch.testing.assert_close(vit(images, lora), wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(vit.merged(lora)(images), wanted, rtol=0, atol=TOLERANCE)
+    plain = vit(images)
+    assert (vit(images, lora.compress(8)) - wanted).norm() < (plain - wanted).norm()
+    other = ViT.random(dataclasses.replace(config, width=2 * WIDTH))
+    with pytest.raises(ValueError, match="the backbone is another model"):
+        LoRA.load(tmp_path, other)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(k for k in tensors if "magnitude" in k)
+    save_file(
+        {k: v for k, v in tensors.items() if k != name}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="no magnitude"):
+        LoRA.load(tmp_path, vit)
+
+
+def test_dora_of_multihead_attention_is_refused(tmp_path):
+    config = dataclasses.replace(CLIP, width=8, heads=2, depth=1, mlp_dim=8)
+    tensors = factors(["transformer.resblocks.0.attn"])
+    tensors["base_model.model.transformer.resblocks.0.attn.lora_magnitude_vector"] = torch.ones(24)
+    path = folder(tmp_path, tensors, use_dora=True)
+    with pytest.raises(ValueError, match=r"DoRA on nn\.MultiheadAttention"):
+        LoRA.load(path, ViT.random(config))
 
 
 def test_peft_cannot_target_part_of_multihead_attention_but_we_can(images, tmp_path):

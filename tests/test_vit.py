@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fastrecycle.lora import TARGETS, LoRA, LoRAStack, target_sizes
+from fastrecycle.positions import rotary_table
 from fastrecycle.pruning import masked_images, patches_after_blocks, top_patches
 from fastrecycle.vit import PRESETS, ViT, ViTConfig, flops
 
@@ -24,18 +25,31 @@ HALVED = ViTConfig(
     image_size=20, patch_size=4, width=12, depth=4, heads=3, mlp_dim=20, qkv_bias=False,
     residual_scale=0.5,
 )  # fmt: skip
+SHAPE = {"image_size": 20, "patch_size": 4, "width": 24, "depth": 4, "heads": 3, "mlp_dim": 20}
+DINOV2_LIKE = ViTConfig(**SHAPE, prefix_tokens=4, registers=3, layer_scale=True)
+DINOV3_LIKE = ViTConfig(
+    **SHAPE, prefix_tokens=3, registers=2, layer_scale=True, rope="dinov3", pool="norm_mean"
+)
+SIGLIP_LIKE = ViTConfig(**SHAPE, prefix_tokens=0, pool="map", activation="gelu_tanh")
+NORMALISED = ViTConfig(
+    **SHAPE, prefix_tokens=2, registers=2, qk_norm=True, rope="dinov3", pool="mean_norm", out_dim=7
+)
+OTHERS = [DINOV2_LIKE, DINOV3_LIKE, SIGLIP_LIKE, NORMALISED]
 
 
 def wild(config: ViTConfig, seed: int = 0) -> ViT:
     """A float64 model in which no weight is 0 or 1, so that no term goes untested."""
     vit = ViT(config).double()
+    if config.rope != "none":
+        vit.rotary = rotary_table(config.grid, config.prefix_tokens, config.width // config.heads)
     generator = torch.Generator().manual_seed(seed)
     for name, x in vit.named_parameters():
         draw = torch.randn(x.shape, generator=generator, dtype=x.dtype)
         if x.ndim > 1 and "pos" not in name and "prefix" not in name:
             x.data = 1.5 * draw / math.sqrt(x[0].numel())
         else:
-            x.data = 0.3 * draw + (1 if "norm" in name and "weight" in name else 0)
+            one = ("norm" in name and "weight" in name) or ".ls" in name
+            x.data = 0.3 * draw + one
     return vit
 
 
@@ -65,6 +79,54 @@ def plain_norm(x, weight, bias, eps):
         variance = ((row - mu) ** 2).sum() / len(row)
         rows.append((row - mu) / (variance + eps) ** 0.5 * weight + bias)
     return torch.stack(rows)
+
+
+def plain_activation(y, kind):
+    if kind == "quick_gelu":
+        return y / (1 + torch.exp(-1.702 * y))
+    if kind == "gelu_tanh":
+        return y * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    return y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+
+
+def plain_turn(x, patch, grid):
+    """One head's query or key (d,) of a patch under DINOv3's rotary positions, pair by pair."""
+    y, d = x.clone(), len(x)
+    where = [(2 * i + 1) / grid - 1 for i in divmod(patch, grid)]
+    for i in range(d // 2):
+        axis, frequency = divmod(i, d // 4)
+        angle = 2 * math.pi * where[axis] / 100 ** (4 * frequency / d)
+        y[i] = x[i] * math.cos(angle) - x[i + d // 2] * math.sin(angle)
+        y[i + d // 2] = x[i + d // 2] * math.cos(angle) + x[i] * math.sin(angle)
+    return y
+
+
+def plain_softmax(logits):
+    return torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+
+
+def plain_pool(vit, x, w):
+    """The feature before a projection, from the last block's tokens."""
+    config = vit.config
+    norm = (w["norm.weight"], w["norm.bias"], config.norm_eps)
+    if config.pool == "cls":
+        return plain_norm(x[:1], *norm)[0]
+    x = x[config.prefix_tokens :]
+    if config.pool == "mean_norm":
+        return plain_norm(x.sum(0, keepdim=True) / len(x), *norm)[0]
+    x = plain_norm(x, *norm)
+    if config.pool == "norm_mean":
+        return x.sum(0) / len(x)
+    d, heads = config.width // config.heads, []
+    q = w["pool.q.weight"] @ w["pool.probe"] + w["pool.q.bias"]
+    k, v = (x @ w["pool.kv.weight"].T + w["pool.kv.bias"]).split(config.width, dim=1)
+    for head in range(config.heads):
+        part = slice(head * d, (head + 1) * d)
+        heads.append(plain_softmax(k[:, part] @ q[part] / math.sqrt(d)) @ v[:, part])
+    y = w["pool.proj.weight"] @ torch.cat(heads) + w["pool.proj.bias"]
+    z = plain_norm(y[None], w["pool.norm.weight"], w["pool.norm.bias"], config.norm_eps)[0]
+    z = plain_activation(w["pool.fc1.weight"] @ z + w["pool.fc1.bias"], config.activation)
+    return y + w["pool.fc2.weight"] @ z + w["pool.fc2.bias"]
 
 
 def plain_forward(vit, image, lora=None, prune=None, keep=None, bug=False):
@@ -108,7 +170,7 @@ def plain_forward(vit, image, lora=None, prune=None, keep=None, bug=False):
     x = torch.stack(tokens)
     if config.pre_norm:
         x = plain_norm(x, w["pre_norm.weight"], w["pre_norm.bias"], config.norm_eps)
-    d = config.width // config.heads
+    d, first = config.width // config.heads, config.prefix_tokens
     for block in range(config.depth):
         b = f"blocks.{block}."
         y = plain_norm(x, w[b + "norm1.weight"], w[b + "norm1.bias"], config.norm_eps)
@@ -116,11 +178,21 @@ def plain_forward(vit, image, lora=None, prune=None, keep=None, bug=False):
         mixed, scores = [], 0
         for head in range(config.heads):
             part = slice(head * d, (head + 1) * d)
-            logits = q[:, part] @ k[:, part].T / math.sqrt(d)
-            attention = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-            scores = scores + attention[0] / config.heads
+            turned = []
+            for name, rows in (("q", q[:, part]), ("k", k[:, part])):
+                if config.qk_norm:
+                    gain, shift = (w[f"{b}{name}_norm.{x}"] for x in ("weight", "bias"))
+                    rows = plain_norm(rows, gain, shift, config.norm_eps)
+                if config.rope == "dinov3":
+                    moved = [plain_turn(rows[first + i], n, grid) for i, n in enumerate(alive)]
+                    rows = torch.stack([*rows[:first], *moved])
+                turned.append(rows)
+            attention = plain_softmax(turned[0] @ turned[1].T / math.sqrt(d))
+            asking = turned[0][0] if config.pool == "cls" else turned[0][first:].mean(0)
+            scores = scores + plain_softmax(turned[1] @ asking / math.sqrt(d)) / config.heads
             mixed.append(attention @ v[:, part])
         y = torch.cat(mixed, 1) @ weight(block, "proj").T + bias(block, "proj")
+        y = y * w.get(b + "ls1", 1)
         x = x + config.residual_scale * y
         scores = scores[config.prefix_tokens :]
         dropped = int((prune or {}).get(block, 0) * len(alive))
@@ -132,13 +204,10 @@ def plain_forward(vit, image, lora=None, prune=None, keep=None, bug=False):
         y = plain_norm(x, w[b + "norm2.weight"], w[b + "norm2.bias"], config.norm_eps)
         residual = y if bug and dropped else x
         y = y @ weight(block, "fc1").T + bias(block, "fc1")
-        if config.activation == "quick_gelu":
-            y = y / (1 + torch.exp(-1.702 * y))
-        else:
-            y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+        y = plain_activation(y, config.activation)
         y = y @ weight(block, "fc2").T + bias(block, "fc2")
-        x = residual + config.residual_scale * y
-    x = plain_norm(x[:1], w["norm.weight"], w["norm.bias"], config.norm_eps)[0]
+        x = residual + config.residual_scale * y * w.get(b + "ls2", 1)
+    x = plain_pool(vit, x, w)
     return (w["head_proj.weight"] @ x if config.out_dim else x), alive, scores
 
 
@@ -172,6 +241,16 @@ def assert_same(output, expected):
 def test_forward_matches_plain(config, prune):
     vit, images = wild(config), pixels(config)
     assert_same(vit.encode(images, prune=prune), plain_batch(vit, images, prune=prune))
+
+
+@pytest.mark.parametrize("config", OTHERS)
+@pytest.mark.parametrize("prune", [None, {2: 0.75}, {3: 0.5}, {0: 0.3, 2: 0.3}])
+@pytest.mark.parametrize("keep", [None, [[0, 4, 7, 8, 19, 24], [1, 2, 3, 11, 12, 20]]])
+def test_other_backbones_match_plain(config, prune, keep):
+    vit, images, lora = wild(config), pixels(config), wild_lora(config, TARGETS)
+    arguments = {"prune": prune, "keep": None if keep is None else torch.tensor(keep)}
+    output = vit.encode(images, lora, **arguments)
+    assert_same(output, plain_batch(vit, images, lora, **arguments))
 
 
 @pytest.mark.parametrize("config", [TINY, TWO_TOKENS])

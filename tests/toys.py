@@ -24,6 +24,8 @@ def vit(config=CONFIG, seed=0):
     """Weights large enough that images differ in their features and no term is negligible."""
     model = ViT.random(config, seed)
     for i, p in enumerate(model.parameters()):
+        if not p.numel():  # no prefix tokens
+            continue
         draw = torch.randn(p.shape, generator=generator(1000 * seed + i))
         p.data += draw / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.1 * draw
     return model
