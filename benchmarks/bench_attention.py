@@ -129,8 +129,10 @@ def backward_cuts(tokens: int, queries: int) -> list[tuple[str, Cut]]:
         ("both", Cut(64, 64, 4, 2, 1)), ("tiles", Cut(128, 32, 8, 2, 1, 128)),
         ("rows", Cut(256, 32, 8, 2, 1)), ("rows", Cut(256, 32, 8, 3, 1)),
         ("columns", Cut(256, 32, 8, 2, 1)), ("columns", Cut(256, 32, 8, 3, 1)),
-        ("columns", Cut(256, 32, 8, 4, 1)), ("columns", Cut(256, 32, 8, 5, 1)),
-        ("columns", Cut(256, 32, 16, 3, 1)), ("columns", Cut(256, 16, 8, 4, 1)),
+        ("columns", Cut(128, 32, 4, 2, 1)), ("columns", Cut(128, 32, 4, 3, 1)),
+        ("columns", Cut(128, 32, 8, 3, 1)), ("columns", Cut(128, 32, 8, 3, 1, 128)),
+        ("columns", Cut(128, 32, 8, 2, 1, 128)), ("columns", Cut(128, 64, 8, 2, 1)),
+        ("columns", Cut(128, 16, 4, 3, 1)), ("columns", Cut(64, 64, 4, 2, 1)),
     ]  # fmt: skip
 
 

@@ -6,8 +6,9 @@ y = P v, P = softmax(S), S = q k^T / sqrt d; L = log sum exp S of each row is ke
 P is computed anew from L. Two kernels give the gradient, four ways (`method`):
   rows     a program has all queries of a head in its tile and goes through the keys in chunks: dq
            stays in registers, the dk and dv of a chunk are complete at once.
-  columns  a program has all keys in its tile and goes through the queries in chunks: dk and dv stay
-           in registers, the dq of a chunk is complete at once.
+  columns  a program has a tile of keys and goes through the queries in chunks: dk and dv stay in
+           registers, the dq of a chunk is complete at once. Where a tile has not all of the keys,
+           further ones follow, and add to the dq that the ones before them wrote.
   both     tiles of queries for dq (and D), then tiles of keys for dk and dv: seven products instead
            of five, but tiles of any size, so images of any length.
   tiles    as both, in one kernel: a program has a tile of queries, then the same tokens' keys, so
@@ -165,12 +166,32 @@ def _backward_columns(
     q_chunks, kv_rows, y, dy, lse, delta, dq_chunks, dkv_rows, tokens, queries, heads,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr, DELTA: tl.constexpr, BULK: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """Find dk and dv of a tile of ROWS keys; if WHOLE, the tile has all keys, and dq follows. D is
-    read if DELTA, else computed. S, P and dS stand transposed: (keys, queries).
+    """Find dk and dv of a tile of ROWS keys; if WHOLE, of TILES of them, which are all keys, and dq
+    follows. D is read if DELTA, else computed.
+    """
+    for tile in tl.static_range(TILES):
+        if tile > 0:  # what other threads wrote of dq is read
+            tl.debug_barrier()
+        _backward_tile(
+            q_chunks, kv_rows, y, dy, lse, delta, dq_chunks, dkv_rows, tokens, queries, heads,
+            (tile if WHOLE else tl.program_id(1)) * ROWS,
+            FACTOR, SCALE, D, ROWS, CHUNK, WHOLE, tile > 0, DELTA, BULK, BULK and TILES == 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    q_chunks, kv_rows, y, dy, lse, delta, dq_chunks, dkv_rows, tokens, queries, heads, first,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, MORE: tl.constexpr, DELTA: tl.constexpr,
+    BULK: tl.constexpr, BULK_DQ: tl.constexpr,
+):  # fmt: skip
+    """One tile of `_backward_columns`; adds to dq if MORE. S, P, dS stand transposed: (keys,
+    queries).
     """
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    first = tl.program_id(1) * ROWS
     inner, column = heads * D, head * D
     inside = first + tl.arange(0, ROWS) < tokens
     k = _load(kv_rows, image, first, column + inner, tokens, 3 * inner, ROWS, D, BULK)
@@ -198,15 +219,22 @@ def _backward_columns(
         dk = _dot(ds, q, dk)
         if WHOLE:
             dq = _dot(k.T, ds, tl.zeros((D, CHUNK), tl.float32)).T * FACTOR
-            _store(dq_chunks, dq.to(dtype), image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
+            if MORE:
+                before = _load(
+                    dq_chunks, image, start, column, tokens, 3 * inner, CHUNK, D, BULK_DQ
+                )
+                dq += before.to(tl.float32)
+            _store(
+                dq_chunks, dq.to(dtype), image, start, column, tokens, 3 * inner, CHUNK, D, BULK_DQ
+            )  # fmt: skip
     dk = (dk * FACTOR).to(dtype)
     _store(dkv_rows, dk, image, first, column + inner, tokens, 3 * inner, ROWS, D, BULK)
     dv = dv.to(dtype)
     _store(dkv_rows, dv, image, first, column + 2 * inner, tokens, 3 * inner, ROWS, D, BULK)
-    if WHOLE:  # the other tokens asked nothing
+    if WHOLE and not MORE:  # the other tokens asked nothing
         zeros = tl.zeros((CHUNK, D), dtype)
         for start in range(tl.cdiv(queries, CHUNK) * CHUNK, tokens, CHUNK):
-            _store(dq_chunks, zeros, image, start, column, tokens, 3 * inner, CHUNK, D, BULK)
+            _store(dq_chunks, zeros, image, start, column, tokens, 3 * inner, CHUNK, D, BULK_DQ)
 
 
 @triton.jit
@@ -223,7 +251,7 @@ def _backward_tiles(
     )  # fmt: skip
     _backward_columns(
         qkv_chunks, qkv_rows, y_chunks, dy_chunks, lse, lse, dqkv_rows, dqkv_rows, tokens, queries,
-        heads, FACTOR, SCALE, D, ROWS, CHUNK, False, False, BULK,
+        heads, FACTOR, SCALE, D, ROWS, CHUNK, False, False, BULK, 1,
     )  # fmt: skip
 
 
@@ -337,9 +365,8 @@ def _launch_backward(
     images, tokens, _, heads, width = qkv.shape
     queries = y.shape[1]
     dqkv = torch.empty_like(qkv)
-    needed = {"rows": queries, "columns": tokens}.get(method, 0)
-    if cut.rows < needed:
-        raise ValueError(f"attention: {method} needs a tile of {needed} rows, got {cut.rows}")
+    if method == "rows" and cut.rows < queries:
+        raise ValueError(f"attention: rows needs a tile of {queries} queries, got {cut.rows}")
     if qkv.is_cuda and method in ("rows", "columns") and cut.rows == 64 > cut.chunk:
         raise ValueError(
             f"attention: {method} with a tile of 64 rows needs chunks of 64, got {cut.chunk};"
@@ -367,8 +394,11 @@ def _launch_backward(
             qkv_r, qkv_c, y_r, dy_r, lse, delta, dqkv_r, dqkv_c, *sizes, **options
         )  # fmt: skip
     if method != "rows":
+        tiles = triton.cdiv(tokens, cut.rows) if whole else 1
+        # a copy by the engine is not seen by a read that follows it: dq goes by the threads then
         _backward_columns[grid](
-            qkv_c, qkv_r, y_c, dy_c, lse, delta, dqkv_c, dqkv_r, *sizes, **options
+            qkv_c, qkv_r, y_c, dy_c, lse, delta, dqkv_c if tiles == 1 else dqkv, dqkv_r, *sizes,
+            TILES=tiles, **options,
         )  # fmt: skip
     return dqkv
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*non-deterministic algorithm"),
 ]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-METHODS = ("rows", "columns", "both", "tiles")
+METHODS = ("rows", "columns", "columns in turn", "both", "tiles")
 F32 = 1e-6
 
 
@@ -65,7 +65,7 @@ def cuts(method, tokens, queries, bulk):
     rows = {"rows": kernels._tile(queries), "columns": kernels._tile(tokens)}.get(method, 32)
     return {
         "forward": Cut(32, 64, bulk=bulk),
-        "backward": (method, Cut(rows, 16 if tokens < 100 else 32, bulk=bulk)),
+        "backward": (method.split()[0], Cut(rows, 16 if tokens < 100 else 32, bulk=bulk)),
     }
 
 
@@ -265,11 +265,12 @@ def launches(arch):
     for width in (16, 128):
         attend(torch.bfloat16, 197, 197, width)
         attend(torch.float32, 197, 197, width)
-    for method in METHODS[1:]:
+    for method in ("columns", "both", "tiles"):
         attend(
             torch.bfloat16, 50, 50, 64, forward=Cut(64, 64),
             backward=(method, Cut(64, 32, bulk=method == "columns")),
         )  # fmt: skip
+    attend(torch.bfloat16, 197, 197, 64, backward=("columns", Cut(128, 32, 4, 3, 1)))
 
 
 @pytest.mark.slow
@@ -315,14 +316,19 @@ class TestOnGPU:
     @pytest.mark.parametrize("tokens", [50, 148, 197])
     def test_bf16_of_every_cut_is_as_exact_as_the_library(self, tokens, method, bulk):
         whole = method in ("rows", "columns")
-        tile = kernels._tile(tokens) if whole else 64
+        tile = kernels._tile(tokens) if whole else 128 if method == "columns in turn" else 64
         chunk = 64 if whole and tile == 64 else 32  # smaller ones are refused
         for cut in (
             Cut(tile, chunk, 8 if tile > 64 else 4, 1, bulk),
             Cut(tile, 64 if tile <= 64 else 32, 16 if tile > 64 else 4, 2, bulk),
         ):
             assert_as_exact_as_library(
-                5, tokens, 64, None, forward=Cut(64, 64, 4, 2, bulk), backward=(method, cut)
+                5,
+                tokens,
+                64,
+                None,
+                forward=Cut(64, 64, 4, 2, bulk),
+                backward=(method.split()[0], cut),
             )
 
     @pytest.mark.parametrize("method", ["rows", "columns"])
