@@ -211,7 +211,7 @@ def test_rejects_other_shapes():
         kernels.packed_attention(qkv.double())
     qkv = randn(1, 20, 3, 1, 16)
     arguments = (qkv, qkv[:, :, 0, 0], qkv[:, :, 0, 0], randn(1, 1, 20))
-    with pytest.raises(ValueError, match="rows needs a tile of 20 rows, got 16"):
+    with pytest.raises(ValueError, match="rows needs a tile of 20 queries, got 16"):
         kernels.attention_backward(*arguments, method="rows", cut=Cut(16, 16))
 
 
