@@ -32,7 +32,8 @@ from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import ResNetPrior
 from fastrecycle.pruning import kept_count, patches_after_blocks
-from fastrecycle.vit import PRESETS, ViT
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS
 
 PRESET = "vit_b_16" if on_gpu() else "demo"
 WAYS, IMAGES = (5, 5) if on_gpu() else (2, 1)  # of an inverted task: the paper's batch of 25

@@ -11,7 +11,7 @@ import torch
 from demo_views import SIDE, normalise
 from torch import Tensor, nn
 
-from fastrecycle.vit import HALF
+from fastrecycle.vit_config import HALF
 
 
 class BasicBlock(nn.Module):

@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastrecycle.block import Block
 from fastrecycle.data import load_dataset
 from fastrecycle.files import load_safetensors
-from fastrecycle.vit import PRESETS, Block, ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS, ViTConfig
 
 SIDE = 64  # pixels, of the student and of the stored views
 TEACHER_SIDE = 224  # pixels

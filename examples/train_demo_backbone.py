@@ -56,7 +56,8 @@ from tqdm import tqdm
 from fastrecycle.data import episodes
 from fastrecycle.eval import score_episodes
 from fastrecycle.files import atomic_write, save_safetensors
-from fastrecycle.vit import PRESETS, ViT
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS
 from fastrecycle.weights import save_vit
 
 TEACHER_FILE = "weights/vit_tiny_patch16_224_augreg.safetensors"

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from fastrecycle.lora import Head, LoRA, LoRABank
     from fastrecycle.pool import SyntheticPool
     from fastrecycle.recycler import MetaLoRARecycler
-    from fastrecycle.vit import ViT, ViTConfig, flops
+    from fastrecycle.vit import ViT
+    from fastrecycle.vit_config import ViTConfig, flops
 
 __all__ = [
     "FewShotClassifier",
@@ -42,9 +43,9 @@ _HOME = {
     "Result": "eval",
     "SyntheticPool": "pool",
     "ViT": "vit",
-    "ViTConfig": "vit",
+    "ViTConfig": "vit_config",
     "evaluate": "eval",
-    "flops": "vit",
+    "flops": "vit_config",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrecycle.layouts import LayoutName
-from fastrecycle.vit import (
+from fastrecycle.vit_config import (
     CLIP_MEAN,
     CLIP_STD,
     HALF,

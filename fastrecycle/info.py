@@ -23,7 +23,8 @@ from fastrecycle.lora_files import holds_lora
 from fastrecycle.peft_format import read_peft
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
-from fastrecycle.vit import ViT, ViTConfig, flops
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig, flops
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".index.json")
 _REFUSED = (OSError, ValueError, TypeError)

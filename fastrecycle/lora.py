@@ -17,7 +17,8 @@ from torch import Tensor
 from fastrecycle.ops import GatedLowRank, LowRank
 
 if TYPE_CHECKING:
-    from fastrecycle.vit import ViT, ViTConfig
+    from fastrecycle.vit import ViT
+    from fastrecycle.vit_config import ViTConfig
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 

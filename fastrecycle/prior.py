@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastrecycle import ops
 from fastrecycle.files import load_safetensors, load_torch
-from fastrecycle.vit import IMAGENET_MEAN, IMAGENET_STD, Triple
+from fastrecycle.vit_config import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 
 class Prior(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrecycle.conventions import Told, check_fields
 from fastrecycle.files import load_safetensors, load_torch, read_json
 from fastrecycle.layouts import LayoutName
-from fastrecycle.vit import PRESETS, ViTConfig
+from fastrecycle.vit_config import PRESETS, ViTConfig
 from fastrecycle.weights import CONFIG_KEY, convert, detect, listed
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from torch import Tensor
 from fastrecycle.conventions import FREE, Told, ask, check_fields, check_shapes, conventions
 from fastrecycle.files import save_safetensors
 from fastrecycle.layouts import APART, LAYOUTS, LayoutName, our_name, their_name
-from fastrecycle.vit import ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig
 
 CONFIG_KEY, CARD_KEY = "fastrecycle.config", "fastrecycle.card"  # safetensors metadata
 

@@ -9,7 +9,8 @@ from fastrecycle.data import episodes
 from fastrecycle.eval import decode, embed, score_episodes
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.prior import load_prior
-from fastrecycle.vit import PRESETS, ViT
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from fastrecycle.files import save_safetensors
 from fastrecycle.lora import LoRA
 from fastrecycle.recycler import MetaLoRARecycler
 from fastrecycle.sources import load_source, open_clip_facts, timm_facts
-from fastrecycle.vit import HALF, IMAGENET_MEAN, PRESETS, RaggedKeep, ViT, ViTConfig, flops
+from fastrecycle.vit import RaggedKeep, ViT
+from fastrecycle.vit_config import HALF, IMAGENET_MEAN, PRESETS, ViTConfig, flops
 from fastrecycle.weights import convert, export
 
 timm = pytest.importorskip("timm", reason="needs the real models")

@@ -30,7 +30,7 @@ from fastrecycle.baselines.network import PrototypeRule
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.eval import decode, evaluate
 from fastrecycle.lora import LoRA
-from fastrecycle.vit import ViTConfig
+from fastrecycle.vit_config import ViTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 SHAPE = {"ways": 3, "queries": 4, "tasks": 3}

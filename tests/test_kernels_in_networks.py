@@ -15,7 +15,7 @@ from fastrecycle.inversion import InversionGroup
 from fastrecycle.lora import LoRAStack
 from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.prior import ResNetPrior, ResNetSpec
-from fastrecycle.vit import IMAGENET_MEAN, IMAGENET_STD
+from fastrecycle.vit_config import IMAGENET_MEAN, IMAGENET_STD
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("one_thread", "no_tf32")

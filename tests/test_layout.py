@@ -12,8 +12,9 @@ PACKAGE = ROOT / "fastrecycle"
 
 # Data flows down this list: at import, a module takes only from those above it.
 ORDER = [
-    "config", "files", "augment", "capture", "pruning", "positions", "ops", "pooling", "lora",
-    "lora_files", "dora", "peft_format", "vit", "layouts", "conventions", "weights", "sources",
+    "config", "files", "augment", "capture", "pruning", "positions", "ops", "vit_config",
+    "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
+    "conventions", "weights", "sources",
     "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
     "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
     "info", "options", "demo", "cli",

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastrecycle.lora import TARGETS, Head, LoRA, LoRABank, LoRAStack, target_sizes
-from fastrecycle.vit import PRESETS, ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS, ViTConfig
 
 CONFIG = ViTConfig(image_size=16, patch_size=8, width=12, depth=3, heads=2, mlp_dim=20)
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from fastrecycle.info import describe
 from fastrecycle.lora import LoRA, LoRABank
-from fastrecycle.vit import ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig
 
 CONFIG = ViTConfig(
     image_size=32, patch_size=16, width=24, depth=12, heads=2, mlp_dim=32, out_dim=8

@@ -18,6 +18,7 @@ from fastrecycle_kernels import fp8 as kernels
 from fastrecycle_kernels import reference, residual_norm
 
 from fastrecycle import ops
+from fastrecycle.block import FP8_PRODUCTS, Fp8Linear
 from fastrecycle.classifier import Embedder
 from fastrecycle.cli import main
 from fastrecycle.config import InversionConfig, MetaConfig
@@ -25,7 +26,6 @@ from fastrecycle.inversion import InversionGroup
 from fastrecycle.lora import LoRAStack
 from fastrecycle.metatrain import MetaTrainer
 from fastrecycle.recycler import MetaLoRARecycler
-from fastrecycle.vit import FP8_PRODUCTS, Fp8Linear
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastrecycle.lora import Head, LoRA, LoRABank, LoRAStack
-from fastrecycle.vit import ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig
 
 peft = pytest.importorskip("peft", reason="needs the real PEFT")
 transformers = pytest.importorskip("transformers", reason="needs the real models")

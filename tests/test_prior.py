@@ -23,7 +23,7 @@ from fastrecycle.prior import (
     moment_distance,
     prior_metadata,
 )
-from fastrecycle.vit import IMAGENET_MEAN, IMAGENET_STD
+from fastrecycle.vit_config import IMAGENET_MEAN, IMAGENET_STD
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 

@@ -7,7 +7,8 @@ from filled import fill
 from fastrecycle import text
 from fastrecycle.sources import open_clip_facts
 from fastrecycle.text import TextClasses, TextTower, zero_shot_logits
-from fastrecycle.vit import CLIP_MEAN, CLIP_STD, ViT
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import CLIP_MEAN, CLIP_STD
 from fastrecycle.weights import convert
 
 open_clip = pytest.importorskip("open_clip", reason="the text towers are its")

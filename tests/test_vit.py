@@ -11,7 +11,8 @@ from PIL import Image
 from fastrecycle.lora import TARGETS, LoRA, LoRAStack, target_sizes
 from fastrecycle.positions import rotary_table
 from fastrecycle.pruning import masked_images, patches_after_blocks, top_patches
-from fastrecycle.vit import PRESETS, ViT, ViTConfig, flops
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import PRESETS, ViTConfig, flops
 
 TINY = ViTConfig(image_size=20, patch_size=4, width=12, depth=4, heads=3, mlp_dim=20)  # 25 patches
 CLIP_LIKE = ViTConfig(

@@ -19,7 +19,8 @@ from fastrecycle import layouts, sources
 from fastrecycle.files import load_safetensors, save_safetensors
 from fastrecycle.lora import LoRA
 from fastrecycle.sources import load_source, open_clip_facts, timm_facts
-from fastrecycle.vit import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, PRESETS, ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, PRESETS, ViTConfig
 from fastrecycle.weights import CARD_KEY, CONFIG_KEY, convert, export
 
 HALVES = {"mean": HALF, "std": HALF}

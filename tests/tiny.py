@@ -10,7 +10,8 @@ from PIL import Image
 from fastrecycle.files import save_safetensors
 from fastrecycle.lora import Head, LoRA, LoRABank
 from fastrecycle.prior import ResNetSpec, prior_metadata
-from fastrecycle.vit import ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig
 
 CONFIG = ViTConfig(
     image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64,

@@ -8,7 +8,8 @@ import torch
 from fastrecycle.lora import Head, LoRA, LoRABank
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import ResNetPrior, ResNetSpec
-from fastrecycle.vit import HALF, ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import HALF, ViTConfig
 
 # 16 patches of 4x4 pixels
 CONFIG = ViTConfig(
