@@ -118,10 +118,11 @@ class Block(nn.Module):
         rotary positions, is (2, B or 1, N, 1, d).
         """
         small = {t: lora[t] for t in ("q", "k", "v") if t in lora}
-        x, y = self._add_norm(self.norm1, x, branch, impl)
-        qkv = ops.lora_qkv(
-            y, self.qkv.weight, self.qkv.bias, small, lora_index=lora_index,
-            fp8=_fp8(self.qkv), impl=impl,
+        norm = self.norm1
+        x, qkv = ops.norm_qkv(
+            x, branch, (norm.weight, norm.bias), self.qkv.weight, self.qkv.bias, small,
+            eps=norm.eps, scale=self.residual_scale, lora_index=lora_index, fp8=_fp8(self.qkv),
+            impl=impl,
         )  # fmt: skip
         qkv = qkv.unflatten(-1, (self.heads, -1))
         if self.q_norm is not None or rotation is not None:

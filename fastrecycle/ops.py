@@ -29,7 +29,7 @@ __all__ = [
     "activation", "attention", "augment", "autocast", "bn_pool_chunks", "bn_prior",
     "bn_prior_chunks", "carry", "check_precision", "cls_scores", "embed_kept", "fp8_weight",
     "host", "impl_of", "jitter_pixels", "kernels_suit", "lora_linear", "lora_qkv",
-    "moment_distance", "pixel_step", "residual_mlp", "residual_norm", "resolve_backend",
+    "moment_distance", "norm_qkv", "pixel_step", "residual_mlp", "residual_norm", "resolve_backend",
     "stem_conv", "stem_conv_fits", "token_gather", "top_patches", "varlen_attention",
     "weight_dtype",
 ]  # fmt: skip
@@ -303,6 +303,22 @@ def lora_qkv(
 
     """
     lora = lora or {}
+    _check_qkv(x, weight, lora, lora_index)
+    if fp8 is not None and not lora:
+        return _fp8_linear(x, fp8, bias, impl).unflatten(-1, (3, -1))
+    if impl == "triton":
+        from fastrecycle_kernels.lora_qkv import lora_qkv as kernel
+
+        return kernel(x, weight, bias, _not_gated(lora), lora_index)
+    return reference.lora_qkv(x, weight, bias, lora, lora_index)
+
+
+def _check_qkv(
+    x: Tensor,
+    weight: Tensor,
+    lora: Mapping[str, LowRank | GatedLowRank],
+    lora_index: Tensor | None,
+) -> None:
     if weight.shape != (3 * x.shape[-1], x.shape[-1]):
         raise ValueError(
             f"lora_qkv: weight must have shape {(3 * x.shape[-1], x.shape[-1])},"
@@ -312,16 +328,54 @@ def lora_qkv(
         if target not in ("q", "k", "v"):
             raise ValueError(f'lora_qkv: targets are "q", "k" and "v", got {target!r}')
         _check_low_rank(f"lora_qkv[{target}]", x, factors, x.shape[-1], lora_index)
-    if fp8 is not None and not lora:
-        return _fp8_linear(x, fp8, bias, impl).unflatten(-1, (3, -1))
-    if impl == "triton":
-        plain = {t: f for t, f in lora.items() if not isinstance(f, GatedLowRank)}
-        if len(plain) < len(lora):
-            raise ValueError('lora_qkv: gated LoRAs have no kernel; impl must be "reference"')
-        from fastrecycle_kernels.lora_qkv import lora_qkv as kernel
 
-        return kernel(x, weight, bias, plain, lora_index)
-    return reference.lora_qkv(x, weight, bias, lora, lora_index)
+
+def _not_gated(lora: Mapping[str, LowRank | GatedLowRank]) -> dict[str, LowRank]:
+    plain = {t: f for t, f in lora.items() if not isinstance(f, GatedLowRank)}
+    if len(plain) < len(lora):
+        raise ValueError('lora_qkv: gated LoRAs have no kernel; impl must be "reference"')
+    return plain
+
+
+def norm_qkv(
+    x: Tensor,
+    branch: Tensor | None,
+    norm: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora: Mapping[str, LowRank | GatedLowRank] | None = None,
+    *,
+    eps: float,
+    scale: float = 1.0,
+    lora_index: Tensor | None = None,
+    fp8: Fp8Weight | None = None,
+    impl: Impl = "reference",
+) -> tuple[Tensor, Tensor]:
+    """`residual_norm`, then `lora_qkv` of what it normalised.
+
+    Args:
+        x, branch, eps, scale: see `residual_norm`; norm is its weight and bias (D,).
+        weight, bias, lora, lora_index, fp8: see `lora_qkv`.
+        impl: "triton" does not keep the normalised rows where factors train, each LoRA with an
+            equal share of the images.
+
+    Returns:
+        s in x's dtype, x itself without a branch; (B, N, 3, D).
+
+    Raises:
+        ValueError: see `residual_norm` and `lora_qkv`.
+
+    """
+    lora = lora or {}
+    if impl == "triton" and lora:
+        _check_norm(x, branch, *norm)
+        _check_qkv(x, weight, lora, lora_index)
+        from fastrecycle_kernels.norm_qkv import norm_qkv as kernel
+
+        plain = _not_gated(lora)
+        return kernel(x, branch, norm, eps, scale, weight, bias, plain, lora_index)
+    s, n = residual_norm(x, branch, *norm, eps, scale, impl=impl)
+    return s, lora_qkv(n, weight, bias, lora, lora_index=lora_index, fp8=fp8, impl=impl)
 
 
 def residual_norm(
@@ -350,6 +404,18 @@ def residual_norm(
         ValueError: shapes disagree, or `impl` cannot do this.
 
     """
+    _check_norm(x, branch, weight, bias)
+    dtype = x.dtype if branch is None else branch.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if impl == "triton":
+        from fastrecycle_kernels.residual_norm import residual_norm as kernel
+
+        return kernel(x, branch, weight, bias, eps, scale, dtype)
+    return reference.residual_norm(x, branch, weight, bias, eps, scale, dtype)
+
+
+def _check_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
     if branch is not None and branch.shape != x.shape:
         raise ValueError(
             f"residual_norm: branch must have shape {tuple(x.shape)}, got {tuple(branch.shape)}"
@@ -359,14 +425,6 @@ def residual_norm(
             f"residual_norm: weight and bias must have shape {tuple(x.shape[-1:])},"
             f" got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    dtype = x.dtype if branch is None else branch.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if impl == "triton":
-        from fastrecycle_kernels.residual_norm import residual_norm as kernel
-
-        return kernel(x, branch, weight, bias, eps, scale, dtype)
-    return reference.residual_norm(x, branch, weight, bias, eps, scale, dtype)
 
 
 def activation(u: Tensor, kind: ActivationKind, *, impl: Impl = "reference") -> Tensor:

@@ -1183,6 +1183,27 @@ def merged_weight(weight: Tensor, lora: dict[str, LowRank]) -> Tensor:
         return launch_merge(weight.contiguous(), _factors(a, b, scale, positions))[0]
 
 
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lora: dict[str, LowRank]) -> None:
+    """Raise a ValueError for what the kernels cannot do."""
+    scales = [("scale", factors[2]) for factors in lora.values()]
+    for name, tensor in (("weight", weight), ("bias", bias), *scales):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"lora_qkv: {name} is frozen here, but its gradient is asked for")
+    if x.shape[-1] % 16:
+        raise ValueError(f"lora_qkv: the width must be a multiple of 16, got {x.shape[-1]}")
+    rank = max((factors[0].shape[1] for factors in lora.values()), default=0)
+    if rank > LARGEST_RANK:
+        raise ValueError(f"lora_qkv: ranks up to {LARGEST_RANK} are supported, got {rank}")
+
+
+def check_shares(images: int, groups: int) -> None:
+    """Raise a ValueError unless each LoRA has as many images."""
+    if images % groups:
+        raise ValueError(
+            f"lora_qkv: {images} images are no equal shares for {groups} LoRAs; give an index"
+        )
+
+
 def lora_qkv(
     x: Tensor,
     weight: Tensor,
@@ -1211,32 +1232,21 @@ def lora_qkv(
             "loop" with several LoRAs.
 
     """
-    width = x.shape[-1]
+    check(x, weight, bias, lora)
     positions = [p for p, target in enumerate(POSITIONS) if target in lora]
-    chosen = [lora[POSITIONS[p]] for p in positions]
-    for name, tensor in (("weight", weight), ("bias", bias), *(("scale", f[2]) for f in chosen)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"lora_qkv: {name} is frozen here, but its gradient is asked for")
-    if width % 16:
-        raise ValueError(f"lora_qkv: the width must be a multiple of 16, got {width}")
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not chosen:
+    if not positions:
         return torch.nn.functional.linear(x, weight, bias).unflatten(-1, (3, -1))
-    a, b, scale = ([f[i] for f in chosen] for i in range(3))
-    rank = max(v.shape[1] for v in a)
-    if rank > LARGEST_RANK:
-        raise ValueError(f"lora_qkv: ranks up to {LARGEST_RANK} are supported, got {rank}")
+    a, b, scale = ([lora[POSITIONS[p]][i] for p in positions] for i in range(3))
     groups, images = a[0].shape[0], x.shape[0]
     if groups == 1:
         index = None
-    elif index is None and images % groups:
-        raise ValueError(
-            f"lora_qkv: {images} images are no equal shares for {groups} LoRAs; give an index"
-        )
+    elif index is None:
+        check_shares(images, groups)
     if method is None:
         method = "merge" if index is None else "pass"
     if method == "merge" and index is not None:

@@ -61,8 +61,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, ds, stream, weight, mean, rstd, dx, dbranch, rows, dy_row, ds_row, stream_row, scale,
-    WIDTH: tl.constexpr, DS: tl.constexpr, DX: tl.constexpr, DBRANCH: tl.constexpr,
+    dy, ds, stream, weight, bias, mean, rstd, dx, dbranch, y, rows, dy_row, ds_row, stream_row,
+    scale,
+    WIDTH: tl.constexpr, DS: tl.constexpr, DX: tl.constexpr, DBRANCH: tl.constexpr, Y: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -86,6 +87,10 @@ def _backward(
         tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
     if DBRANCH:
         tl.store(dbranch + place, (scale * out).to(dbranch.dtype.element_ty), mask=inside)
+    if Y:
+        b = tl.load(bias + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+        again = n * w[None, :] + b[None, :]
+        tl.store(y + place, again.to(y.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------ launchers
@@ -144,22 +149,27 @@ def _launch_backward(
     scale: float,
     dx_dtype: torch.dtype | None,
     dbranch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the branch in these dtypes; empty where None is asked for."""
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the branch in these dtypes, empty where None is asked for; with a bias
+    y once more, in dy's dtype, else empty.
+    """
     width = stream.shape[-1]
     dx, dbranch = _gradients(stream, dx_dtype, dbranch_dtype)
+    y = torch.empty((0,) if bias is None else stream.shape, dtype=dy.dtype, device=dy.device)
     if stream.numel():
         stream, dy = _rows_of(stream), _rows_of(dy)
         later = dy if ds is None else _rows_of(ds)
         rows = len(stream)
         count, columns, warps = _cut(width, *BACKWARD)
         _backward[(triton.cdiv(rows, count),)](
-            dy, later, stream, weight.contiguous(), mean, rstd, dx, dbranch,
-            rows, dy.stride(0), later.stride(0), stream.stride(0), scale,
-            WIDTH=width, DS=ds is not None, DX=dx_dtype is not None,
-            DBRANCH=dbranch_dtype is not None, ROWS=count, COLUMNS=columns, num_warps=warps,
+            dy, later, stream, weight.contiguous(), weight if bias is None else bias.contiguous(),
+            mean, rstd, dx, dbranch, y, rows, dy.stride(0), later.stride(0), stream.stride(0),
+            scale, WIDTH=width, DS=ds is not None, DX=dx_dtype is not None,
+            DBRANCH=dbranch_dtype is not None, Y=bias is not None, ROWS=count, COLUMNS=columns,
+            num_warps=warps,
         )  # fmt: skip
-    return dx, dbranch
+    return dx, dbranch, y
 
 
 def _gradients(
@@ -210,7 +220,9 @@ def _residual_norm_backward(
     scale: float, dx_dtype: torch.dtype | None, dbranch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(stream):
-        return _launch_backward(dy, ds, stream, weight, mean, rstd, scale, dx_dtype, dbranch_dtype)
+        return _launch_backward(dy, ds, stream, weight, mean, rstd, scale, dx_dtype, dbranch_dtype)[
+            :2
+        ]
 
 
 @_residual_norm_backward.register_fake
