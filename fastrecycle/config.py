@@ -96,13 +96,36 @@ class InversionConfig:
     # fine texture. A side beyond the image's own leaves it as it is. "0 0" turns it off.
     resolution: tuple[int, int] = (0, 0)
     # LoRAs (of equally many classes) inverted together in one batch; results do not depend on it.
-    group: int = 4
+    # Unset: as many as the free memory of a CUDA device takes, elsewhere 4.
+    group: int | None = None
+    # Early stopping: a task is done once its mean loss over a window of iterations lies less than
+    # this share below that of the window before, for instance 0.01. 0 stops none.
+    plateau: float = 0.0
+    # Iterations of such a window; tasks leave their group at the ends of windows alone.
+    plateau_window: int = 100
+    # Progressive pruning: shares of the patches that the backbone no longer sees, those with the
+    # least CLS attention, growing; "0.5 0.75" with --drop-at "0.5 0.75".
+    drop: tuple[float, ...] = ()
+    # Shares of the iterations from which on each holds.
+    drop_at: tuple[float, ...] = ()
+    # Coarse-to-fine start: share of the iterations on smaller images, then enlarged.
+    coarse: float = 0.0
+    # Side of those images, as a share of the full side; rounded to whole patches.
+    coarse_scale: float = 0.5
+    # Warm start: the first so many LoRAs of the bank start from noise, and the others from their
+    # images: of the same class where names tell, else of any. 0: all from noise.
+    warm: int = 0
+    # Iterations of those others.
+    warm_iterations: int = 500
     # Iterations between checkpoints of the group under way.
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("images_per_class", "iterations", "group", "checkpoint_every"):
+        positive = ("images_per_class", "iterations", "checkpoint_every", "plateau_window",
+                    "warm_iterations")  # fmt: skip
+        for name in (*positive, *(("group",) if self.group is not None else ())):
             _require(getattr(self, name) >= 1, f"{name}: must be >= 1, got {getattr(self, name)}")
+        self._check_shortcuts()
         _require(self.lr > 0, f"lr: must be positive, got {self.lr}")
         for name in ("prune_from", "flip"):
             value = getattr(self, name)
@@ -112,6 +135,34 @@ class InversionConfig:
             value = getattr(self, name)
             _require(value >= 0, f"{name}: must not be negative, got {value}")
         _require_range("resolution", self.resolution)
+
+    def _check_shortcuts(self) -> None:
+        _require(self.warm >= 0, f"warm: must not be negative, got {self.warm}")
+        for name in ("plateau", "coarse"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}: must be in [0, 1), got {value}")
+        _require(0 < self.coarse_scale <= 1, f"coarse_scale: must be in (0, 1], got"
+                 f" {self.coarse_scale}")  # fmt: skip
+        _require(
+            len(self.drop) == len(self.drop_at),
+            f"drop_at: one share of the iterations for each of drop {self.drop} expected, got"
+            f" {self.drop_at}",
+        )
+        for name in ("drop", "drop_at"):
+            shares = getattr(self, name)
+            _require(
+                all(0 < x < 1 for x in shares) and list(shares) == sorted(set(shares)),
+                f"{name}: expected growing shares between 0 and 1, got {shares}",
+            )
+        _require(
+            not self.drop or self.drop_at[0] >= self.coarse,
+            f"drop_at: patches are dropped after the coarse start, from {self.coarse} on, got"
+            f" {self.drop_at}",
+        )
+        _require(
+            self.coarse == 0 or self.resolution == (0, 0),
+            "coarse: does not go with resolution, which also makes images small; use one of them",
+        )
 
 
 @dataclass(frozen=True)

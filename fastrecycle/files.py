@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,6 +99,91 @@ def save_safetensors(
 ) -> None:
     """Write named tensors as one safetensors file, atomically."""
     atomic_write(path, safetensors_content(tensors, metadata))
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a location is one of `fsspec`'s, such as s3://bucket/pool, not of this machine."""
+    return "://" in str(path)
+
+
+class Folder:
+    """A folder of this machine, or of any file system that `fsspec` knows, by its URL.
+
+    A file in it is whole or absent: written beside and renamed here, uploaded in one piece there.
+
+    Raises:
+        ImportError: a URL whose file system needs a package that is not installed.
+
+    """
+
+    def __init__(self, location: str | Path):
+        self.location = str(location)
+        self.url = is_url(location)
+        if self.url:
+            from fsspec.core import url_to_fs
+
+            self.fs, self.root = url_to_fs(self.location)
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return Folder, (self.location,)
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each file directly in it; none where it does not exist."""
+        if self.url:
+            self.fs.invalidate_cache()
+            if not self.fs.exists(self.root):
+                return {}
+            found = self.fs.ls(self.root, detail=True)
+            return {x["name"].rpartition("/")[2]: x["size"] for x in found if x["type"] == "file"}
+        if not os.path.isdir(self.location):
+            return {}
+        with os.scandir(self.location) as entries:
+            return {e.name: e.stat().st_size for e in entries if e.is_file()}
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, atomically."""
+        if not self.url:
+            atomic_write(Path(self.location) / name, content)
+            return
+        self.fs.makedirs(self.root, exist_ok=True)
+        self.fs.pipe_file(f"{self.root}/{name}", content)
+
+    def read_json(self, name: str, absent: Any) -> Any:
+        """The value in a JSON file, or `absent` where there is no such file."""
+        try:
+            return read_json(self.local(name))
+        except FileNotFoundError:
+            return absent
+
+    def local(self, name: str) -> Path:
+        """A file's path on this machine; from a URL it is copied into a cache, once.
+
+        Raises:
+            FileNotFoundError: it is absent.
+
+        """
+        if not self.url:
+            return Path(self.location) / name
+        path = f"{self.root}/{name}"
+        try:
+            when = self.fs.modified(path)
+        except NotImplementedError:
+            when = self.fs.ukey(path)
+        # tells a file from one of the same name that was written again
+        version = hashlib.sha256(f"{self.location} {when}".encode()).hexdigest()
+        cached = _url_cache() / version / name
+        if not cached.exists():
+            with self.fs.open(path, "rb") as source, atomic_open(cached) as target:
+                shutil.copyfileobj(source, target)
+        return cached
+
+
+@functools.cache
+def _url_cache() -> Path:
+    """A folder for copies of remote files, gone with this process."""
+    folder = tempfile.mkdtemp(prefix="fastrecycle-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def remove_unfinished(folder: str | Path) -> None:

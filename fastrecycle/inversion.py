@@ -1,15 +1,16 @@
 """LoRA Inversion: images from LoRAs by gradient descent on pixels (LoRA Recycle, Sec. 4.1, 4.3).
 
-G tasks in one batch, m images of each, C classes, S side.
+G tasks in one batch, m images of each, C classes, S side, k kept patches.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,28 @@ from fastrecycle import ops
 from fastrecycle.augment import apply_maps, shrink_table
 from fastrecycle.capture import Captured, adam_state, capture, optimiser_state, set_rate
 from fastrecycle.config import InversionConfig
-from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.files import is_url, load_safetensors, save_safetensors
+from fastrecycle.grouping import ON_CPU, Batch, batches, fitting_size, halves
+from fastrecycle.jitter import Jitter, gather_pixels, inverse, row_at, task_generator
 from fastrecycle.lora import LoRA, LoRAStack
 from fastrecycle.ops import Impl, Resolved, autocast, check_precision, impl_of, weight_dtype
-from fastrecycle.pool import TaskImages, task_file
+from fastrecycle.pool_files import PoolFiles, TaskImages
 from fastrecycle.prior import ResNetPrior
 from fastrecycle.pruning import patches_after_blocks, top_patches
+from fastrecycle.shortcuts import (
+    best_patches,
+    converged,
+    enlarged,
+    kept_at,
+    moved_patches,
+    side_at,
+    warm_images,
+)
 from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, dict[str, float]], None]
-
-
-def task_generator(seed: int, task: int) -> torch.Generator:
-    """Random numbers of one task, whatever else is computed beside it."""
-    # A 64-bit mix (SplitMix64) keeps the streams of neighbouring seeds and tasks apart.
-    x = (seed * 0x9E3779B97F4A7C15 + task * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    return torch.Generator().manual_seed((x ^ (x >> 31)) % 2**63)
 
 
 def data_loss(
@@ -57,6 +61,7 @@ def data_loss(
     impl: Impl = "reference",
     side: torch.cuda.Stream | None = None,
     natural: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
 
@@ -75,6 +80,7 @@ def data_loss(
         side: where the prior runs beside the backbone, forward and backward; None: after it.
         natural: (G m, 3, S, S), the images in the normalisation of a `ResNetPrior`, as
             `ops.jitter_pixels` makes them; None: they are made of `images` here.
+        keep: (G m, k), the patches that the backbone sees; None: all. The prior sees whole images.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -96,7 +102,7 @@ def data_loss(
     seen = flat if shrink is None else apply_maps(images, shrink).flatten(0, 1)
     with autocast(images.device, precision):
         # without an index each LoRA has an equal share of the batch: its own task
-        features = vit(seen, stack, prune=config.prune if pruned else None, impl=impl)
+        features = vit(seen, stack, prune=config.prune if pruned else None, keep=keep, impl=impl)
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
@@ -129,75 +135,18 @@ def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """A roll, a flip and a resolution of each task's images, drawn for all iterations at once."""
-
-    shift: Tensor  # (iterations, G, 2) int64, rows and columns
-    flip: Tensor  # (iterations, G) bool
-    resolution: Tensor  # (iterations, G) int64, row of `shrink_table`; zeros where it is off
-
-    @staticmethod
-    def draw(generators: Sequence[torch.Generator], config: InversionConfig, side: int) -> Jitter:
-        """From each task's own generator."""
-        reach = int(config.jitter * side)
-        shape = (config.iterations,)
-        shifts = [torch.randint(-reach, reach + 1, (*shape, 2), generator=g) for g in generators]
-        flips = [torch.rand(shape, generator=g) < config.flip for g in generators]
-        low, high = config.resolution
-        sides = torch.zeros(config.iterations, len(generators), dtype=torch.int64)
-        if high > 0:
-            drawn = [torch.randint(low, high + 1, shape, generator=g) for g in generators]
-            sides = torch.stack(drawn, 1).clamp_max(side) - min(low, side)
-        return Jitter(torch.stack(shifts, 1), torch.stack(flips, 1), sides)
-
-    def to(self, device: torch.device) -> Jitter:
-        """The same tables on a device."""
-        return Jitter(*(x.to(device) for x in (self.shift, self.flip, self.resolution)))
-
-    def at(self, clock: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift (G, 2) and flip (G,) of the iteration that the clock shows; see `index`."""
-        return _at(self.shift, clock), _at(self.flip, clock)
-
-    def index(self, clock: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Source rows and columns of each output pixel, (G, S) each.
-
-        Args:
-            clock: (1,) int64 iteration, on the tables' device: read there, never by the host.
-            side: S.
-
-        """
-        line = torch.arange(side, device=self.shift.device)
-        shift, flip = self.at(clock)
-        rows = (line - shift[:, :1]) % side
-        columns = (line - shift[:, 1:]) % side
-        return rows, torch.where(flip[:, None], columns.flip(1), columns)
-
-
-def _at(table: Tensor, clock: Tensor) -> Tensor:
-    """Row of a table, (1,) int64 and maybe past the end, as in the warm-up of a recording."""
-    return table.index_select(0, clock.clamp_max(len(table) - 1))[0]
-
-
-def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """images[g, :, :, rows[g], columns[g]]: (G, m, 3, S, S), (G, S), (G, S) -> the same shape."""
-    tasks, side = rows.shape
-    rows = rows.view(tasks, 1, 1, side, 1).expand(images.shape)
-    images = images.gather(3, rows)
-    return images.gather(4, columns.view(tasks, 1, 1, 1, side).expand(images.shape))
-
-
-def inverse(index: Tensor) -> Tensor:
-    """The inverse of each row's permutation, (G, S)."""
-    line = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    return torch.zeros_like(index).scatter(1, index, line)
-
-
 class InversionGroup:
     """Pixels and optimiser of G tasks with equally many classes, one iteration at a time.
 
     Each task's noise, jitter and labels come from its own generator, keyed by seed and task; a
     task's images therefore do not depend (to rounding) on the tasks beside it.
+
+    Args:
+        vit, loras, prior, config, seed, precision, backend: see `invert`.
+        tasks: number of each LoRA in its bank.
+        dtype: of pixels, LoRAs and heads.
+        earlier: finished tasks whose images these start from; none: from noise.
+
     """
 
     def __init__(
@@ -212,6 +161,7 @@ class InversionGroup:
         precision: str = "fp32",
         backend: Resolved = "reference",
         dtype: torch.dtype = torch.float32,
+        earlier: Sequence[TaskImages] = (),
     ):
         check_inversion(vit, loras, config)
         check_precision(precision, backend, vit.pos_embed.device)
@@ -222,45 +172,91 @@ class InversionGroup:
                 prior = prior.prepared(torch.bfloat16)
         self.vit, self.prior, self.config, self.precision = vit, prior, config, precision
         self.loras, self.tasks = tuple(loras), tuple(tasks)
-        device = vit.pos_embed.device
-        side = vit.config.image_size
+        self.device, self.dtype = vit.pos_embed.device, dtype
+        device, side = self.device, vit.config.image_size
+        self.side = side_at(0, config, vit.config)  # of the images as they are now
+        self._sized = self._resized()
         generators = [task_generator(seed, task) for task in tasks]
         heads = [lora.require_head() for lora in loras]
-        count = heads[0].classes * config.images_per_class
-        noise = [torch.randn(count, 3, side, side, generator=g) for g in generators]
+        images = self._start(generators, earlier, heads[0].classes)
         self.jitter = Jitter.draw(generators, config, side).to(device)
         self.shrink = None  # (sides, S, S)
         if 0 < config.resolution[0] < side:
             self.shrink = shrink_table(side, *config.resolution).to(device=device, dtype=dtype)
-        self.stack = LoRAStack.of(loras).to(device=device, dtype=dtype)
-        self.heads = torch.stack([h.weight for h in heads]).to(device=device, dtype=dtype)
-        self.biases = torch.stack(
-            [h.weight.new_zeros(h.classes) if h.bias is None else h.bias for h in heads]
-        ).to(device=device, dtype=dtype)
         classes = torch.arange(heads[0].classes, device=device)
         self.labels = classes.repeat_interleave(config.images_per_class)
         bounds = vit.normalise(torch.tensor([0.0, 1.0], dtype=dtype).view(2, 1, 1, 1))
         self.low, self.high = (b.to(device) for b in bounds)
         self.bounds = bounds[0].flatten().tolist(), bounds[1].flatten().tolist()
-        images = torch.stack(noise).to(device=device, dtype=dtype)
-        self.images = images.clamp(self.low, self.high)
         # A recorded step cannot read a number of the host: its rate and clock are on the device.
         self.recorded = backend != "reference" and device.type == "cuda"
-        lr = torch.tensor(config.lr, device=device) if self.recorded else config.lr
-        self.optimiser = torch.optim.Adam(
-            [self.images], lr=lr, betas=config.betas, capturable=self.recorded, fused=self.recorded
-        )
         self.iteration = 0
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.impl = impl_of(backend)
         self._loss = torch.compile(data_loss, dynamic=False) if backend == "compile" else data_loss
         # eager steps take the stream that PyTorch is on; a graph keeps what runs beside what
-        self.side = torch.cuda.Stream(device) if backend == "triton" and self.recorded else None
+        self.beside = torch.cuda.Stream(device) if backend == "triton" and self.recorded else None
         self._graphs: dict[bool, Captured] = {}  # without and with pruning
+        self.active = list(range(len(self.tasks)))  # places of the tasks still at work
+        self.left: dict[int, tuple[Tensor, Tensor | None]] = {}  # of the others: images, patches
+        self.keep: Tensor | None = None  # (G, m, k) patches of the images as they lie; None: all
+        self._gather_tasks()
+        self._take(images.clamp(self.low, self.high))
+
+    def _start(
+        self, generators: Sequence[torch.Generator], earlier: Sequence[TaskImages], classes: int
+    ) -> Tensor:
+        """Noise, or earlier tasks' images: (G, m, 3, S, S)."""
+        config, side = self.config, self.side
+        if earlier:
+            drawn = [
+                warm_images(earlier, x.class_names, classes, config.images_per_class, g)
+                for x, g in zip(self.loras, generators, strict=True)
+            ]
+            images = self.vit.normalise(torch.stack(drawn).to(self.device, self.dtype) / 255)
+        else:
+            shape = (classes * config.images_per_class, 3, side, side)
+            images = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return images.to(device=self.device, dtype=self.dtype)
+
+    def _gather_tasks(self) -> None:
+        """LoRAs, heads and jitter of the tasks at work."""
+        loras = [self.loras[i] for i in self.active]
+        heads = [lora.require_head() for lora in loras]
+        place: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        self.stack = LoRAStack.of(loras).to(**place)
+        self.heads = torch.stack([h.weight for h in heads]).to(**place)
+        self.biases = torch.stack(
+            [h.weight.new_zeros(h.classes) if h.bias is None else h.bias for h in heads]
+        ).to(**place)
+        self.moves = self.jitter.of(self.active, self.side / self.vit.config.image_size)
+        # sum over the window of iterations under way, and mean of the one before
+        self.total = torch.zeros(len(loras), device=self.device, dtype=self.dtype)
+        self.before: Tensor | None = None
+
+    def _take(self, images: Tensor) -> None:
+        """Go on from these pixels with a fresh optimiser."""
+        self.images = images
+        self.began = self.iteration  # of the optimiser
+        rate = self.config.lr
+        self.optimiser = torch.optim.Adam(
+            [images], lr=torch.tensor(rate, device=self.device) if self.recorded else rate,
+            betas=self.config.betas, capturable=self.recorded, fused=self.recorded,
+        )  # fmt: skip
+        self._graphs.clear()  # they know the old pixels
+
+    def _resized(self) -> ViT:
+        """The backbone at the images' side."""
+        full = self.side == self.vit.config.image_size
+        return self.backbone if full else self.backbone.resized(self.side)
+
+    # ------------------------------------------------------------------ one iteration
 
     def _iterate(self, pruned: bool) -> dict[str, Tensor]:
         """The iteration that the clock shows; everything happens on the device."""
         loss, ce, r_bn = self._fused(pruned) if self._fuses() else self._plain(pruned)
+        if self.config.plateau > 0:
+            self.total += loss.detach()
         self.clock += 1
         return {"loss": loss.detach(), "ce": ce.detach(), "r_bn": r_bn.detach()}
 
@@ -284,7 +280,7 @@ class InversionGroup:
         spec = None
         if isinstance(self.prior, ResNetPrior) and config.alpha > 0:
             spec = self.prior.spec
-        shift, flip = self.jitter.at(self.clock)
+        shift, flip = self.moves.at(self.clock)
         seen, natural = ops.jitter_pixels(
             self.images, shift, flip, (norm.mean, norm.std),
             None if spec is None else (spec.mean, spec.std),
@@ -294,8 +290,9 @@ class InversionGroup:
         for leaf in leaves:
             leaf.requires_grad_()
         losses = self._loss(
-            self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
-            config, pruned, self.precision, None, self.impl, self.side, natural,
+            self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            config, pruned, self.precision, None, self.impl, self.beside, natural,
+            self._seen_patches(),
         )  # fmt: skip
         d_seen, *d_natural = torch.autograd.grad(losses[0].sum(), leaves)
         settings = self.optimiser.param_groups[0]
@@ -310,15 +307,16 @@ class InversionGroup:
 
     def _plain(self, pruned: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One iteration of any configuration."""
-        rows, columns = self.jitter.index(self.clock, self.vit.config.image_size)
+        rows, columns = self.moves.index(self.clock, self.side)
         # The jitter permutes pixels, so its backward is the inverse permutation: no graph needed.
         seen = gather_pixels(self.images, rows, columns).requires_grad_()
         shrink = None
         if self.shrink is not None:
-            shrink = self.shrink.index_select(0, _at(self.jitter.resolution, self.clock))
+            shrink = self.shrink.index_select(0, row_at(self.moves.resolution, self.clock))
         losses = self._loss(
-            self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
-            self.config, pruned, self.precision, shrink, self.impl, self.side,
+            self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            self.config, pruned, self.precision, shrink, self.impl, self.beside, None,
+            self._seen_patches(),
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(losses[0].sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
@@ -326,10 +324,16 @@ class InversionGroup:
         self.images.clamp_(self.low, self.high)
         return losses
 
+    def _seen_patches(self) -> Tensor | None:
+        """Of the images as this iteration moves them, the patches that the backbone sees."""
+        if self.keep is None:
+            return None
+        return moved_patches(self.keep, *self.moves.at(self.clock), self.vit.config)
+
     def step(self) -> dict[str, Tensor]:
         """One iteration of Eq. 1; returns its loss, CE and R_BN, each (G,), still on the device.
 
-        Where the step is recorded, the next one overwrites them.
+        G are the tasks at work before it. Where the step is recorded, the next one overwrites them.
         """
         config = self.config
         pruned = bool(config.prune) and self.iteration >= config.prune_from * config.iterations
@@ -337,20 +341,88 @@ class InversionGroup:
             progress = self.iteration / config.iterations
             set_rate(self.optimiser, config.lr * 0.5 * (1 + math.cos(math.pi * progress)))
         self.iteration += 1
+        losses = self._run(pruned)
+        self._change()
+        return losses
+
+    def _run(self, pruned: bool) -> dict[str, Tensor]:
         if not self.recorded:
             return self._iterate(pruned)
         if pruned not in self._graphs:
-            changed = [self.images, self.clock, *optimiser_state(self.optimiser)]
+            changed = [self.images, self.clock, self.total, *optimiser_state(self.optimiser)]
             shared = next((g.graph.pool() for g in self._graphs.values()), None)
             self._graphs[pruned] = capture(
                 partial(self._iterate, pruned), state=changed, pool=shared
             )
         return self._graphs[pruned]()
 
+    # ------------------------------------------------------------------ between iterations
+
+    @torch.no_grad()
+    def _change(self) -> None:
+        """Whatever a shortcut changes before the next iteration; shapes change nowhere else."""
+        config, norm = self.config, self.vit.config
+        if self.done:
+            return
+        side = side_at(self.iteration, config, norm)
+        if side != self.side:
+            self.side = side
+            self._sized = self._resized()
+            self._gather_tasks()
+            self._take(enlarged(self.images, side).clamp(self.low, self.high))
+        elif config.plateau > 0 and self.iteration % config.plateau_window == 0:
+            self._let_go()
+        count = kept_at(self.iteration, config, norm.patches)
+        current = norm.patches if self.keep is None else self.keep.shape[2]
+        if self.active and count < current:
+            self.keep = torch.stack(
+                [self._best(place, count, *self._own(place)) for place in self.active]
+            )
+            self._graphs.clear()
+
+    def _let_go(self) -> None:
+        """Tasks whose loss fell no further leave the group as they are."""
+        mean = self.total / self.config.plateau_window
+        over = converged(mean, self.before, self.config.plateau)
+        if self.side != self.vit.config.image_size or not bool(over.any()):
+            self.before = mean
+            self.total.zero_()
+            return
+        for row, place in enumerate(self.active):
+            if over[row]:
+                images, keep = self._own(place)
+                self.left[place] = images.clone(), None if keep is None else keep.clone()
+        stays = torch.nonzero(~over).flatten()
+        state, began = adam_state(self.optimiser, self.images), self.began
+        self.active = [self.active[i] for i in stays.tolist()]
+        if not self.active:
+            return
+        self._gather_tasks()
+        self.before = mean[stays]
+        self.keep = None if self.keep is None else self.keep[stays]
+        self._take(self.images[stays].clone())
+        self.began = began
+        self.optimiser.state[self.images] = {
+            name: x if name == "step" else x[stays].clone() for name, x in state.items()
+        }
+
+    def _own(self, place: int) -> tuple[Tensor, Tensor | None]:
+        """Images and kept patches of one task, wherever they are."""
+        if place in self.left:
+            return self.left[place]
+        row = self.active.index(place)
+        return self.images[row], None if self.keep is None else self.keep[row]
+
+    def _best(self, place: int, count: int, images: Tensor, keep: Tensor | None) -> Tensor:
+        lora = self.loras[place].to(device=self.device, dtype=self.dtype)
+        return best_patches(self.vit, images, lora, keep, count)
+
+    # ------------------------------------------------------------------ results
+
     @property
     def done(self) -> bool:
-        """Whether all iterations are over."""
-        return self.iteration >= self.config.iterations
+        """Whether all iterations are over, or all tasks."""
+        return self.iteration >= self.config.iterations or not self.active
 
     @torch.no_grad()
     def finish(self, batch_size: int = 100) -> list[TaskImages]:
@@ -359,65 +431,85 @@ class InversionGroup:
         Survivors are those of the final, un-jittered image, ordered by the last block's CLS
         attention, so that a pool made once serves every sparsity up to the pruning.
         """
-        results = []
-        prune = self.config.prune or None
-        for g, (lora, task) in enumerate(zip(self.loras, self.tasks, strict=True)):
-            pixels = (self.vit.pixels(self.images[g]) * 255).round().clamp(0, 255).byte()
-            own = lora.to(self.images.device)
-            order, logits, survivors = [], [], self.vit.config.patches
-            for batch in pixels.split(batch_size):
-                images = self.vit.normalise(batch.float() / 255)
-                # The teacher is the LoRA's whole network: it sees all patches.
-                whole = self.vit.encode(images, own)
-                importance = whole.cls_scores
-                if prune:
-                    pruned = self.vit.encode(images, own, prune=prune)
-                    survivors = pruned.kept.shape[1]
-                    importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
-                order.append(importance.sort(dim=1, descending=True, stable=True).indices)
-                logits.append(own.require_head()(whole.features.float()))
-            results.append(
-                TaskImages(
-                    task=task,
-                    images=pixels.cpu(),
-                    labels=self.labels.cpu(),
-                    order=torch.cat(order).cpu(),
-                    survivors=survivors,
-                    teacher_logits=torch.cat(logits).cpu(),
-                    class_names=lora.class_names,
-                    name=lora.name,
-                )
-            )
-        return results
+        return [self._finished(place, batch_size) for place in range(len(self.tasks))]
+
+    def _finished(self, place: int, batch_size: int) -> TaskImages:
+        lora, prune = self.loras[place], self.config.prune or None
+        last, keep = self._own(place)
+        count = kept_at(self.config.iterations, self.config, self.vit.config.patches)
+        if count < self.vit.config.patches:  # also of tasks that left before patches did
+            keep = self._best(place, count, last, keep)
+        pixels = (self.vit.pixels(last) * 255).round().clamp(0, 255).byte()
+        own = lora.to(self.device)
+        order, logits, survivors = [], [], count
+        for rows in torch.arange(len(pixels), device=self.device).split(batch_size):
+            images = self.vit.normalise(pixels[rows].float() / 255)
+            # The teacher is the LoRA's whole network: it sees all patches.
+            whole = self.vit.encode(images, own)
+            importance = whole.cls_scores
+            if prune or keep is not None:
+                chosen = None if keep is None else keep[rows]
+                pruned = self.vit.encode(images, own, prune=prune, keep=chosen)
+                survivors = pruned.kept.shape[1]
+                importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
+            order.append(importance.sort(dim=1, descending=True, stable=True).indices)
+            logits.append(own.require_head()(whole.features.float()))
+        return TaskImages(
+            task=self.tasks[place],
+            images=pixels.cpu(),
+            labels=self.labels.cpu(),
+            order=torch.cat(order).cpu(),
+            survivors=survivors,
+            teacher_logits=torch.cat(logits).cpu(),
+            class_names=lora.class_names,
+            name=lora.name,
+        )
 
     def save(self, path: Path) -> None:
         """Write all that later iterations need, atomically."""
         state = self.optimiser.state[self.images]
-        tensors = {"images": self.images}
+        tensors = {"images": self.images, "total": self.total}
+        for name, value in (("keep", self.keep), ("before", self.before)):
+            if value is not None:
+                tensors[name] = value
+        for place, (images, keep) in self.left.items():
+            tensors[f"left.{place}"] = images
+            if keep is not None:
+                tensors[f"left.{place}.keep"] = keep
         if state:
             tensors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        save_safetensors(
-            path, tensors, {"iteration": str(self.iteration), "tasks": str(self.tasks)}
-        )
+        metadata = {"iteration": self.iteration, "began": self.began, "tasks": self.tasks}
+        save_safetensors(path, tensors, {name: str(value) for name, value in metadata.items()})
 
     def restore(self, path: Path) -> bool:
         """Go on from a saved state; False if it is of another group."""
         tensors, metadata = load_safetensors(path)
         if metadata.get("tasks") != str(self.tasks):
             return False
-        self.images.copy_(tensors["images"])
+        tensors = {name: x.to(self.device) for name, x in tensors.items()}
         self.iteration = int(metadata["iteration"])
         self.clock.fill_(self.iteration)
+        self.left = {
+            place: (tensors[f"left.{place}"], tensors.get(f"left.{place}.keep"))
+            for place in range(len(self.tasks))
+            if f"left.{place}" in tensors
+        }
+        self.active = [i for i in range(len(self.tasks)) if i not in self.left]
+        self.side = tensors["images"].shape[-1]
+        self._sized = self._resized()
+        if self.active:
+            self._gather_tasks()
+        self.total, self.before = tensors["total"], tensors.get("before")
+        self.keep = tensors.get("keep")
+        self._take(tensors["images"].clone())  # the file's own memory is another's to write
+        self.began = int(metadata["began"])
         if "exp_avg" in tensors:
-            device = self.images.device
+            count = float(self.iteration - self.began)
             self.optimiser.state[self.images] = {
-                "step": torch.tensor(
-                    float(self.iteration), device=device if self.recorded else None
-                ),
-                "exp_avg": tensors["exp_avg"].to(device),
-                "exp_avg_sq": tensors["exp_avg_sq"].to(device),
+                "step": torch.tensor(count, device=self.device if self.recorded else None),
+                "exp_avg": tensors["exp_avg"].clone(),
+                "exp_avg_sq": tensors["exp_avg_sq"].clone(),
             }
-            self._graphs.clear()  # they know the old state
         return True
 
 
@@ -458,20 +550,145 @@ def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) ->
         raise ValueError(f"inversion group: heads of one size expected, got {sorted(ways)} classes")
 
 
-def groups(bank: Sequence[LoRA], size: int) -> Iterator[list[int]]:
-    """Indices of LoRAs to invert together: consecutive ones with equally many classes.
+class Inverter:
+    """Inverts batches of a bank, in halves where the device's memory does not do.
 
-    Of the sizes from `size` down to its half, the largest that leaves no smaller rest is taken: a
-    group of another shape costs more to compile than it saves.
+    Args:
+        vit, bank, prior, config, seed, precision, backend: see `invert`.
+
     """
-    by_ways: dict[int, list[int]] = {}
-    for i, lora in enumerate(bank):
-        by_ways.setdefault(lora.head.classes if lora.head is not None else 0, []).append(i)
-    for indices in by_ways.values():
-        even = [n for n in range(size, (size - 1) // 2, -1) if len(indices) % n == 0]
-        step = even[0] if even else size
-        for start in range(0, len(indices), step):
-            yield indices[start : start + step]
+
+    def __init__(
+        self,
+        vit: ViT,
+        bank: Sequence[LoRA],
+        prior: nn.Module | None,
+        config: InversionConfig,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        backend: Resolved = "reference",
+    ):
+        self.vit, self.bank, self.prior, self.config = vit, bank, prior, config
+        self.settings: dict[str, Any] = {"seed": seed, "precision": precision, "backend": backend}
+        self.most: int | None = None  # tasks that memory was seen not to exceed
+
+    def size(self) -> int:
+        """Tasks of a group: what the settings say, else what free memory takes."""
+        device = self.vit.pos_embed.device
+        if self.config.group is not None:
+            return self.config.group
+        if device.type != "cuda":
+            return ON_CPU
+        widest = max(self.bank, key=lambda lora: (lora.require_head().classes, lora.rank))
+        size = fitting_size(partial(self._peak_bytes, widest), _free_bytes(device))
+        log.info("%d LoRAs in one batch: what the free memory takes", size)
+        return size
+
+    def _peak_bytes(self, lora: LoRA, count: int) -> int:
+        """Memory that an iteration of so many tasks reserves."""
+        device = self.vit.pos_embed.device
+        before = torch.cuda.mem_get_info(device)[0]
+        group = InversionGroup(
+            self.vit, [lora] * count, range(count), self.prior,
+            replace(self.config, coarse=0.0, drop=(), drop_at=()), **self.settings,
+        )  # fmt: skip
+        group.step()
+        torch.cuda.synchronize(device)
+        used = before - torch.cuda.mem_get_info(device)[0]
+        del group
+        _free_bytes(device)
+        return used
+
+    def __call__(
+        self,
+        batch: Batch,
+        earlier: Sequence[TaskImages] = (),
+        state: Path | None = None,
+        on_step: OnStep | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[TaskImages]:
+        """The images of a batch's LoRAs.
+
+        Args:
+            batch: of the bank.
+            earlier: finished tasks, where the batch starts from those.
+            state: file of the state of the group under way; gone on from where it is there.
+            on_step: called with iterations done, summed over the batch's tasks; see `invert`.
+            stop: see `invert`.
+
+        Raises:
+            torch.OutOfMemoryError: a single LoRA is too much for the device.
+            KeyboardInterrupt: `stop` said so.
+
+        """
+        todo = [batch]
+        parts: list[TaskImages] = []
+        while todo:
+            now = todo.pop(0)
+            if self.most is not None and len(now.tasks) > self.most:
+                todo = halves(now) + todo
+                continue
+            try:
+                offset = len(parts) * now.config(self.config).iterations
+                parts += self._group(now, earlier, state, offset, on_step, stop)
+                continue
+            except torch.OutOfMemoryError as error:
+                if len(now.tasks) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"one LoRA at a time does not fit into memory either ({error}); use fewer"
+                        " images_per_class"
+                    ) from None
+            # here the failed group's tensors are gone, which the exception held
+            self.most = (len(now.tasks) + 1) // 2
+            log.warning(
+                "out of memory with %d LoRAs in one batch; going on with %d",
+                len(now.tasks), self.most,
+            )  # fmt: skip
+            _free_bytes(self.vit.pos_embed.device)
+            todo.insert(0, now)
+        return parts
+
+    def _group(
+        self,
+        batch: Batch,
+        earlier: Sequence[TaskImages],
+        state: Path | None,
+        offset: int,
+        on_step: OnStep | None,
+        stop: Callable[[], bool],
+    ) -> list[TaskImages]:
+        config = batch.config(self.config)
+        group = InversionGroup(
+            self.vit, [self.bank[i] for i in batch.tasks], batch.tasks, self.prior, config,
+            earlier=earlier if batch.warm else (), **self.settings,
+        )  # fmt: skip
+        if state is not None and state.exists():
+            group.restore(state)
+        while not group.done:
+            losses = group.step()
+            log_now = group.iteration % 20 == 0 or group.done
+            if on_step is not None:
+                # reading a loss waits for the device, so only now and then
+                values = {k: v.mean().item() for k, v in losses.items()} if log_now else {}
+                iterations = config.iterations if group.done else group.iteration
+                on_step(offset + iterations * len(batch.tasks), values)
+            halt = stop()
+            due = group.iteration % config.checkpoint_every == 0 and not group.done
+            if state is not None and (halt or due):
+                group.save(state)
+            if halt:
+                raise KeyboardInterrupt
+        return group.finish()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that a device has left, after giving back what nothing uses."""
+    gc.collect()  # a group and its recorded steps know each other
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def invert(
@@ -486,7 +703,7 @@ def invert(
     folder: str | Path | None = None,
     on_step: OnStep | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> list[TaskImages]:
+) -> Sequence[TaskImages]:
     """Invert every LoRA of a bank.
 
     Args:
@@ -498,56 +715,56 @@ def invert(
         precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
         folder: where finished tasks and the state of the group under way are kept; a second call
-            goes on from there, to the same result.
+            goes on from there, to the same result. A URL of a file system that `fsspec` knows keeps
+            finished tasks alone.
         on_step: called after each iteration with the iterations done in all and, from time to
             time, the mean loss, CE and R_BN.
         stop: asked after each iteration; True saves the state and raises KeyboardInterrupt.
 
+    Returns:
+        The images of each LoRA, in the order of the bank; with a folder, read from there when used.
+
     Raises:
         ValueError: see `check_inversion`.
         KeyboardInterrupt: `stop` said so.
+        torch.OutOfMemoryError: a single LoRA is too much for the device.
 
     """
     config = config or InversionConfig()
-    for indices in groups(bank, config.group):
-        check_inversion(vit, [bank[i] for i in indices], config)
-    folder = None if folder is None else Path(folder)
-    state = None if folder is None else folder / "group.state.safetensors"
+    for lora in bank:
+        check_inversion(vit, [lora], config)
+    inverter = Inverter(vit, bank, prior, config, seed=seed, precision=precision, backend=backend)
+    stored = None if folder is None else PoolFiles(folder)
+    state = None
+    if folder is not None and not is_url(folder):
+        state = Path(folder) / "group.state.safetensors"
     results: dict[int, TaskImages] = {}
+    unfinished = stored is None or not stored.has(range(len(bank)))
     done = 0
-    for indices in groups(bank, config.group):
-        weight = len(indices) * config.iterations
-        if folder is not None and all(task_file(folder, i).exists() for i in indices):
-            for i in indices:
-                results[i] = TaskImages.load(task_file(folder, i))
-            done += weight
-            continue
-        loras = [bank[i] for i in indices]
-        group = InversionGroup(
-            vit, loras, indices, prior, config, seed=seed, precision=precision, backend=backend
-        )
-        if state is not None and state.exists():
-            group.restore(state)
-        while not group.done:
-            losses = group.step()
-            log_now = group.iteration % 20 == 0 or group.done
-            if on_step is not None:
-                # reading a loss waits for the device, so only now and then
-                values = {k: v.mean().item() for k, v in losses.items()} if log_now else {}
-                on_step(done + group.iteration * len(indices), values)
-            halt = stop()
-            due = group.iteration % config.checkpoint_every == 0 and not group.done
-            if state is not None and (halt or due):
-                group.save(state)
-            if halt:
-                raise KeyboardInterrupt
-        for part in group.finish():
-            results[part.task] = part
-            if folder is not None:
-                part.save(task_file(folder, part.task))
-        if state is not None:
-            state.unlink(missing_ok=True)
+    for batch in batches(bank, config, inverter.size()) if unfinished else ():
+        weight = len(batch.tasks) * batch.config(config).iterations
+        if stored is None or not stored.has(batch.tasks):
+            earlier: Sequence[TaskImages] = ()
+            if batch.warm:
+                first = range(config.warm)
+                earlier = [results[i] if stored is None else stored.task(i) for i in first]
+            shift = done
+
+            def report(step: int, values: dict[str, float], shift: int = shift) -> None:
+                if on_step is not None:
+                    on_step(shift + step, values)
+
+            parts = inverter(batch, earlier, state, report, stop)
+            if stored is not None:
+                stored.write(parts)
+            else:
+                results |= {part.task: part for part in parts}
+            if state is not None:
+                state.unlink(missing_ok=True)
         done += weight
     if state is not None:
         state.unlink(missing_ok=True)  # of a run killed between its last file and this line
-    return [results[i] for i in sorted(results)]
+    if stored is None:
+        return [results[i] for i in sorted(results)]
+    stored.write_index()
+    return stored.only(range(len(bank)))

@@ -5,70 +5,22 @@ M images of G LoRAs, S side, n patches, k of them surviving, C classes of the la
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.files import Folder
+from fastrecycle.pool_files import Entry, PoolFiles, TaskImages, task_file
 from fastrecycle.pruning import kept_count
 
+__all__ = ["SyntheticPool", "TaskImages", "task_file"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TaskImages:
-    """The images inverted from one LoRA; one file of a saved pool."""
-
-    task: int  # index of the LoRA in its bank
-    images: Tensor  # (m, 3, S, S) uint8 pixels
-    labels: Tensor  # (m,) int64, rows of the LoRA's head
-    order: Tensor  # (m, n) int64, all patches, the survivors of pruning first, best first
-    survivors: int  # k, patches that pruning left
-    teacher_logits: Tensor  # (m, classes) float32, of the LoRA's own network on these images
-    class_names: tuple[str, ...] | None = None
-    name: str | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
-        meta = {"task": self.task, "class_names": self.class_names, "name": self.name,
-                "survivors": self.survivors}  # fmt: skip
-        tensors = {
-            "images": self.images,
-            "labels": self.labels.to(torch.int32),
-            "order": self.order.to(torch.int32),
-            "teacher_logits": self.teacher_logits,
-        }
-        save_safetensors(path, tensors, {"fastrecycle.task": json.dumps(meta)})
-
-    @staticmethod
-    def load(path: str | Path) -> TaskImages:
-        """Read such a file.
-
-        Raises:
-            FileNotFoundError, ValueError: absent or damaged, or not part of a pool.
-
-        """
-        tensors, metadata = load_safetensors(path)
-        needed = {"images", "labels", "order", "teacher_logits"}
-        if "fastrecycle.task" not in metadata or not needed <= set(tensors):
-            raise ValueError(f"{path}: not a file of a synthetic pool; expected {sorted(needed)}")
-        meta = json.loads(metadata["fastrecycle.task"])
-        names = meta["class_names"]
-        return TaskImages(
-            task=meta["task"],
-            images=tensors["images"],
-            labels=tensors["labels"].long(),
-            order=tensors["order"].long(),
-            survivors=meta["survivors"],
-            teacher_logits=tensors["teacher_logits"],
-            class_names=tuple(names) if names else None,
-            name=meta["name"],
-        )
 
 
 class SyntheticPool:
@@ -91,47 +43,87 @@ class SyntheticPool:
     def __init__(self, parts: Sequence[TaskImages]):
         if not parts:
             raise ValueError("SyntheticPool: expected images of at least one LoRA, got none")
-        sides = {p.images.shape[-1] for p in parts}
-        kept = {p.survivors for p in parts}
+        self.mapped = isinstance(parts, PoolFiles)
+        self.parts: Sequence[TaskImages] = parts if self.mapped else tuple(parts)
+        entries = parts.entries if isinstance(parts, PoolFiles) else [Entry.of(p) for p in parts]
+        sides, kept = {e.side for e in entries}, {e.survivors for e in entries}
         if len(sides) > 1 or len(kept) > 1:
             raise ValueError(
                 "SyntheticPool: images of one size and one number of kept patches expected, got"
                 f" sides {sorted(sides)} and {sorted(kept)} patches"
             )
-        self.parts = tuple(parts)
-        self.order = torch.cat([p.order for p in parts])
-        self.patches, self.survivors = self.order.shape[1], parts[0].survivors
-        self.kept = self.order[:, : self.survivors].sort(dim=1).values
-        self.images = torch.cat([p.images for p in parts])
-        self.labels = torch.cat([p.labels for p in parts])
-        self.tasks = torch.cat([torch.full_like(p.labels, i) for i, p in enumerate(parts)])
-        widest = max(p.teacher_logits.shape[1] for p in parts)
-        self.teacher_logits = torch.cat(
-            [
-                torch.nn.functional.pad(
-                    p.teacher_logits, (0, widest - p.teacher_logits.shape[1]), value=-torch.inf
-                )
-                for p in parts
-            ]
-        )
-        self.has_names = all(p.class_names is not None for p in parts)
+        self.side, self.patches, self.survivors = entries[0].side, entries[0].patches, kept.pop()
+        self.widest = max(e.classes for e in entries)
+        counts = torch.tensor([e.images for e in entries])
+        self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).numpy()
+        self.tasks = torch.arange(len(entries)).repeat_interleave(counts)
+        runs = [run for e in entries for run in e.runs]
+        lengths = torch.tensor([count for _, count in runs])
+        self.labels = torch.tensor([label for label, _ in runs]).repeat_interleave(lengths)
+        self.has_names = all(e.class_names is not None for e in entries)
         ids: dict[str, int] = {}
-        classes = []
-        for i, part in enumerate(parts):
-            names = part.class_names if self.has_names else None
-            for label in part.labels.tolist():
+        shown = []
+        for i, entry in enumerate(entries):
+            names = entry.class_names if self.has_names else None
+            for label, _ in entry.runs:
                 name = f"LoRA {i} class {label}" if names is None else names[label]
-                classes.append(ids.setdefault(name, len(ids)))
-        self.classes = torch.tensor(classes)
+                shown.append(ids.setdefault(name, len(ids)))
+        self.classes = torch.tensor(shown).repeat_interleave(lengths)
         self.class_names = tuple(ids)
-        if not self.has_names and len(parts) > 1:
+        if not self.has_names and len(entries) > 1:
             log.warning(
                 "some LoRAs have no class names: in interpolated tasks each LoRA's labels count as"
                 " classes of their own, so the same class from two LoRAs may face itself"
             )
 
+    @cached_property
+    def images(self) -> Tensor:
+        """(M, 3, S, S) uint8 pixels, all in memory; `gather` reads some."""
+        return torch.cat([p.images for p in self.parts])
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(M, n) int64; see above."""
+        return torch.cat([p.order for p in self.parts])
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(M, k) int64; see above."""
+        return self.order[:, : self.survivors].sort(dim=1).values
+
+    @cached_property
+    def teacher_logits(self) -> Tensor:
+        """(M, C) float32; see above."""
+        return torch.cat([self._padded(p.teacher_logits) for p in self.parts])
+
+    def _padded(self, logits: Tensor) -> Tensor:
+        missing = self.widest - logits.shape[1]
+        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory that all pixels take."""
+        return 3 * self.side**2 * len(self)
+
+    def gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, order and teacher logits of some rows (k,), in their order.
+
+        Of a pool on disk only these are read.
+        """
+        images = torch.empty(len(rows), 3, self.side, self.side, dtype=torch.uint8)
+        order = torch.empty(len(rows), self.patches, dtype=torch.int64)
+        logits = torch.empty(len(rows), self.widest)
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for i in np.unique(owner).tolist():
+            part = self.parts[i]
+            to = torch.from_numpy(np.flatnonzero(owner == i))
+            of = torch.from_numpy(rows[owner == i] - self._starts[i])
+            images[to], order[to] = part.images[of], part.order[of]
+            logits[to] = self._padded(part.teacher_logits[of])
+        return images, order, logits
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def keep(self, sparsity: float) -> Tensor:
         """The patches left at a sparsity, ascending: (M, k) int64.
@@ -150,37 +142,41 @@ class SyntheticPool:
         return self.order[:, :count].sort(dim=1).values
 
     def save(self, folder: str | Path) -> None:
-        """Write one safetensors file a LoRA.
+        """Write one safetensors file a LoRA, and an index.
+
+        Args:
+            folder: a folder, or a URL of any file system that `fsspec` knows.
 
         Raises:
             FileExistsError: the folder holds images of other LoRAs, which `load` would mix in.
             OSError: it cannot be written.
 
         """
-        files = {task_file(folder, part.task) for part in self.parts}
-        others = sorted(f.name for f in set(Path(folder).glob("task-*.safetensors")) - files)
+        files = {task_file("", part.task).name for part in self.parts}
+        there = Folder(folder).sizes()
+        others = sorted(n for n in there if n.startswith("task-") and n not in files)
         if others:
             raise FileExistsError(
                 f"{folder}: already holds another pool ({others[0]}, ...); choose an empty folder"
             )
+        stored = PoolFiles.beginning(folder)
         for part in self.parts:
-            part.save(task_file(folder, part.task))
+            stored.write([part])
+        stored.write_index()
 
     @staticmethod
     def load(folder: str | Path) -> SyntheticPool:
-        """Read a saved pool.
+        """A saved pool, of which images are read when they are used.
+
+        Args:
+            folder: see `save`.
 
         Raises:
             FileNotFoundError: no pool there.
             ValueError: a file of it is damaged.
 
         """
-        files = sorted(Path(folder).glob("task-*.safetensors"))
-        if not files:
+        stored = PoolFiles(folder)
+        if not stored:
             raise FileNotFoundError(f"{folder}: no synthetic pool (task-*.safetensors) there")
-        return SyntheticPool([TaskImages.load(f) for f in files])
-
-
-def task_file(folder: str | Path, task: int) -> Path:
-    """Where a saved pool keeps the images of one LoRA."""
-    return Path(folder) / f"task-{task:06d}.safetensors"
+        return SyntheticPool(stored)

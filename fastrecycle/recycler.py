@@ -14,7 +14,7 @@ from fastrecycle import run as runs
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
 from fastrecycle.inputs import loras_input, network_input, pool_input
-from fastrecycle.inversion import check_inversion, groups, invert
+from fastrecycle.inversion import check_inversion, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
 from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
@@ -109,8 +109,8 @@ class MetaLoRARecycler:
             suited=kernels_suit(vit.config.width, vit.config.heads, rank),
         )  # fmt: skip
         check_precision(self.precision, self.backend, self.device)
-        for indices in groups(self.bank, self.inversion.group):
-            check_inversion(vit, [self.bank[i] for i in indices], self.inversion)
+        for lora in self.bank:
+            check_inversion(vit, [lora], self.inversion)
         network = load_prior(prior)
         self.prior = None if network is None else network.to(self.device)
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__

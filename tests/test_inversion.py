@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from fastrecycle import inversion
 from fastrecycle.augment import shrink_table
 from fastrecycle.config import InversionConfig
+from fastrecycle.grouping import groups
 from fastrecycle.inversion import (
     InversionGroup,
     Jitter,
     data_loss,
     gather_pixels,
-    groups,
     inverse,
     invert,
     task_generator,
@@ -444,7 +444,8 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path, at):
     assert steps[-1] == 32
     assert same(whole, [inversion.TaskImages.load(task_file(tmp_path, i)) for i in range(4)])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"task-00000{i}.safetensors" for i in range(4)
+        "pool.json",
+        *(f"task-00000{i}.safetensors" for i in range(4)),
     ]
     again = invert(vit, bank, prior, cfg, folder=tmp_path, stop=lambda: pytest.fail("no work left"))
     assert same(whole, again)

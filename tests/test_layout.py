@@ -14,10 +14,10 @@ PACKAGE = ROOT / "fastrecycle"
 ORDER = [
     "config", "files", "augment", "capture", "pruning", "positions", "ops", "vit_config",
     "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
-    "conventions", "weights", "sources",
-    "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
-    "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
-    "info", "options", "demo", "cli",
+    "conventions", "weights", "sources", "text", "prior", "pool_files", "pool", "grouping",
+    "jitter", "shortcuts", "inversion", "classifier", "screening", "vetting", "parallel",
+    "metatrain", "data", "embedding_cache", "eval", "baselines", "pretune", "inputs", "run",
+    "cluster", "recycler", "report", "bench_report", "info", "options", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {

@@ -67,6 +67,7 @@ def test_saved_and_loaded_is_equal(tmp_path):
     ])  # fmt: skip
     pool.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pool.json",
         "task-000003.safetensors",
         "task-000011.safetensors",
     ]

@@ -423,16 +423,16 @@ def full_disk(monkeypatch, how, after):
 
 
 @pytest.mark.parametrize(
-    # files in order: 2 manifests, 2 states and 2 tasks of each group, a manifest, 4 states, 2 of
-    # the meta-LoRA
+    # files in order: 2 manifests, 2 states, 2 tasks and the index of each group, a manifest, 4
+    # states, 2 of the meta-LoRA
     ("how", "after", "tasks"),
     [
         ("write", 3, 0),  # a state of the first group that replaces one
         ("write", 5, 1),  # its second task
         ("fsync", 8, 2),
-        ("replace", 9, 3),
-        ("replace", 12, 4),  # meta-training's second state
-        ("write", 15, 4),  # the meta-LoRA itself
+        ("replace", 10, 3),
+        ("replace", 14, 4),  # meta-training's second state
+        ("write", 17, 4),  # the meta-LoRA itself
     ],
 )
 def test_full_disk_keeps_old_files_whole_and_finished_work(

@@ -1,0 +1,276 @@
+"""A synthetic pool on disk: one safetensors file a LoRA, an index, and reading by memory map.
+
+A file is whole or absent, and holds all that the index says of it: the index only saves opening a
+hundred thousand files, and is made again where it is missing or behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fastrecycle.files import (
+    Folder,
+    load_safetensors,
+    safetensors_content,
+    save_safetensors,
+    tensors_sha256,
+)
+
+INDEX = "pool.json"
+_VERSION = 1
+_OPEN = 256  # files mapped at once; Linux allows a process 65,530 maps
+_NEEDED = {"images", "labels", "order", "teacher_logits"}
+
+
+@dataclass(frozen=True)
+class TaskImages:
+    """The images inverted from one LoRA; one file of a saved pool."""
+
+    task: int  # index of the LoRA in its bank
+    images: Tensor  # (m, 3, S, S) uint8 pixels
+    labels: Tensor  # (m,) int64, rows of the LoRA's head
+    order: Tensor  # (m, n) int64, all patches, the survivors of pruning first, best first
+    survivors: int  # k, patches that pruning left
+    teacher_logits: Tensor  # (m, classes) float32, of the LoRA's own network on these images
+    class_names: tuple[str, ...] | None = None
+    name: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of everything in it."""
+        said = f"{self.task} {self.survivors} {self.class_names} {self.name}"
+        tensors = [(said, self.images), ("labels", self.labels.int())]
+        tensors += [("order", self.order.int()), ("teacher_logits", self.teacher_logits)]
+        return tensors_sha256(tensors)
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of its file."""
+        meta = {"task": self.task, "class_names": self.class_names, "name": self.name,
+                "survivors": self.survivors, "digest": self.digest}  # fmt: skip
+        tensors = {
+            "images": self.images,
+            "labels": self.labels.to(torch.int32),
+            "order": self.order.to(torch.int32),
+            "teacher_logits": self.teacher_logits,
+        }
+        return tensors, {"fastrecycle.task": json.dumps(meta)}
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        save_safetensors(path, *self.content())
+
+    @staticmethod
+    def load(path: str | Path) -> TaskImages:
+        """Read such a file; its images stay on disk until they are used.
+
+        Raises:
+            FileNotFoundError, ValueError: absent or damaged, or not part of a pool.
+
+        """
+        tensors, metadata = load_safetensors(path)
+        if "fastrecycle.task" not in metadata or not set(tensors) >= _NEEDED:
+            raise ValueError(f"{path}: not a file of a synthetic pool; expected {sorted(_NEEDED)}")
+        meta = json.loads(metadata["fastrecycle.task"])
+        names = meta["class_names"]
+        part = TaskImages(
+            task=meta["task"],
+            images=tensors["images"],
+            labels=tensors["labels"].long(),
+            order=tensors["order"].long(),
+            survivors=meta["survivors"],
+            teacher_logits=tensors["teacher_logits"],
+            class_names=tuple(names) if names else None,
+            name=meta["name"],
+        )
+        if "digest" in meta:  # reckoned when it was written
+            part.__dict__["digest"] = meta["digest"]
+        return part
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a pool must know of a LoRA's images without opening their file."""
+
+    task: int
+    name: str | None
+    class_names: tuple[str, ...] | None
+    runs: tuple[tuple[int, int], ...]  # (label, images) one after the other
+    classes: int  # of the teacher's head
+    side: int  # pixels
+    patches: int
+    survivors: int
+    digest: str
+    bytes: int  # of the file; 0: none
+
+    @staticmethod
+    def of(part: TaskImages, size: int = 0) -> Entry:
+        """Of images at hand."""
+        values, counts = torch.unique_consecutive(part.labels, return_counts=True)
+        return Entry(
+            part.task, part.name, part.class_names,
+            tuple(zip(values.tolist(), counts.tolist(), strict=True)),
+            part.teacher_logits.shape[1], part.images.shape[-1], part.order.shape[1],
+            part.survivors, part.digest if size else "", size,
+        )  # fmt: skip
+
+    @staticmethod
+    def read(value: dict[str, Any]) -> Entry:
+        """From the index."""
+        names = value["class_names"]
+        return Entry(
+            **{
+                **value,
+                "class_names": None if names is None else tuple(names),
+                "runs": tuple((int(label), int(count)) for label, count in value["runs"]),
+            }
+        )
+
+    @property
+    def images(self) -> int:
+        """Images of this LoRA."""
+        return sum(count for _, count in self.runs)
+
+
+def task_file(folder: str | Path, task: int) -> Path:
+    """Where a saved pool keeps the images of one LoRA."""
+    return Path(folder) / task_name(task)
+
+
+def task_name(task: int) -> str:
+    """Name of that file."""
+    return f"task-{task:06d}.safetensors"
+
+
+def _task_of(name: str) -> int | None:
+    path = PurePosixPath(name)
+    number = path.stem.removeprefix("task-")
+    return int(number) if path.suffix == ".safetensors" and number.isdigit() else None
+
+
+class PoolFiles(Sequence[TaskImages]):
+    """The files of a saved pool, each opened (by memory map) when it is asked for.
+
+    Args:
+        folder: a folder, or a URL of any file system that `fsspec` knows, whose files are first
+            copied into a local cache.
+
+    Raises:
+        ValueError: a file is damaged, or not part of a pool.
+
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Folder(folder)
+        self._open: OrderedDict[int, TaskImages] = OrderedDict()
+        self._indexed = 0  # files that the index on disk knows
+        self._by_task: dict[int, Entry] = {}
+        self.refresh()
+
+    @staticmethod
+    def beginning(folder: str | Path) -> PoolFiles:
+        """A pool to be written, whatever files of those names are there."""
+        new = object.__new__(PoolFiles)
+        new.folder, new._open, new._indexed, new._by_task = Folder(folder), OrderedDict(), 0, {}
+        return new
+
+    def refresh(self) -> None:
+        """Learn of files that were written since, by whomever."""
+        sizes = {
+            t: n for name, n in self.folder.sizes().items() if (t := _task_of(name)) is not None
+        }
+        known = self._by_task
+        if not known and sizes:
+            index = self.folder.read_json(INDEX, {})
+            if index.get("version") == _VERSION:
+                known = {e.task: e for e in map(Entry.read, index["parts"])}
+                self._indexed = len(known)
+        self._by_task = {}
+        for task, size in sorted(sizes.items()):
+            entry = known.get(task)
+            if entry is None or entry.bytes != size:
+                entry = self._entry(task, size)
+            self._by_task[task] = entry
+
+    def _entry(self, task: int, size: int) -> Entry:
+        path = self.folder.local(task_name(task))
+        return Entry.of(TaskImages.load(path), size)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What is known of each file, in the order of tasks."""
+        return list(self._by_task.values())
+
+    def has(self, tasks: Iterable[int]) -> bool:
+        """Whether the images of all these LoRAs are there."""
+        return all(task in self._by_task for task in tasks)
+
+    def write(self, parts: Sequence[TaskImages]) -> None:
+        """Write the images of some LoRAs, and the index where it falls behind.
+
+        Raises:
+            OSError: it cannot be written, or the disk is full.
+
+        """
+        for part in parts:
+            content = safetensors_content(*part.content())
+            self.folder.write(task_name(part.task), content)
+            self._open.pop(part.task, None)
+            self._by_task[part.task] = Entry.of(part, len(content))
+        self._by_task = dict(sorted(self._by_task.items()))
+        # at every write in small pools; in large ones that would write more index than images
+        if len(self._by_task) - self._indexed > self._indexed // 50:
+            self.write_index()
+
+    def write_index(self) -> None:
+        """Write pool.json, so that later readers need not open every file."""
+        if self._indexed == len(self._by_task):
+            return
+        value = {"version": _VERSION, "parts": [asdict(e) for e in self._by_task.values()]}
+        self.folder.write(INDEX, json.dumps(value).encode())
+        self._indexed = len(self._by_task)
+
+    def task(self, task: int) -> TaskImages:
+        """The images of one LoRA, by its index in the bank.
+
+        Raises:
+            KeyError: they are not there.
+
+        """
+        if task not in self._by_task:
+            raise KeyError(task)
+        if task not in self._open:
+            while len(self._open) >= _OPEN:
+                self._open.popitem(last=False)
+            self._open[task] = TaskImages.load(self.folder.local(task_name(task)))
+        self._open.move_to_end(task)
+        return self._open[task]
+
+    def only(self, tasks: Iterable[int]) -> PoolFiles:
+        """The same files, some LoRAs of them."""
+        chosen = set(tasks)
+        other = PoolFiles.beginning(self.folder.location)
+        other._by_task = {t: e for t, e in self._by_task.items() if t in chosen}
+        return other
+
+    def __len__(self) -> int:
+        return len(self._by_task)
+
+    @overload
+    def __getitem__(self, i: int) -> TaskImages: ...
+    @overload
+    def __getitem__(self, i: slice) -> PoolFiles: ...
+    def __getitem__(self, i: int | slice) -> TaskImages | PoolFiles:
+        tasks = list(self._by_task)
+        return self.only(tasks[i]) if isinstance(i, slice) else self.task(tasks[i])
+
+    def __iter__(self) -> Iterator[TaskImages]:
+        return (self.task(task) for task in list(self._by_task))
