@@ -6,6 +6,7 @@ E episodes in a step, W ways, K shots, Q queries a class, S side.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,7 @@ from fastrecycle.ops import (
     impl_of,
     weight_dtype,
 )
+from fastrecycle.parallel import ALONE, Ranks
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
 from fastrecycle.vit import RaggedKeep, ViT
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 _STATE_VERSION = "1"
 
 DRAWN = 64  # steps whose draws are made and moved to the device at once
+# and where their images are moved, too: 1.2 GB at 100 images of 224 pixels a step
+STAGED = 80
 
 
 class Episodes(NamedTuple):
@@ -230,6 +234,9 @@ class MetaTrainer:
         seed: of the meta-LoRA's start and of everything drawn.
         precision: "fp32", "bf16" or "fp8", which needs the backend "triton".
         backend: "reference" (eager), "compile" or "triton": see `fastrecycle.ops`.
+        ranks: processes that share each step's tasks; see `fastrecycle.parallel`.
+        staged: bring each stretch of steps only the images that it draws, rather than have the
+            whole pool on the device; None: where a pool on disk takes over a quarter of the memory.
 
     """
 
@@ -243,12 +250,13 @@ class MetaTrainer:
         precision: str = "fp32",
         backend: Resolved = "reference",
         start: LoRA | None = None,
+        ranks: Ranks = ALONE,
+        staged: bool | None = None,
     ):
         device = vit.pos_embed.device
-        if pool.images.shape[-1] != vit.config.image_size:
+        if pool.side != vit.config.image_size:
             raise ValueError(
-                f"pool: images of side {pool.images.shape[-1]}, the backbone takes"
-                f" {vit.config.image_size}"
+                f"pool: images of side {pool.side}, the backbone takes {vit.config.image_size}"
             )
         if pool.patches != vit.config.patches:
             raise ValueError(
@@ -262,9 +270,13 @@ class MetaTrainer:
             )
         self.config, self.seed, self.precision = config, seed, precision
         self.sampler = EpisodeSampler(pool, config, seed)
-        self.images = pool.images.to(device)
-        self.logits = pool.teacher_logits.to(device)
-        self.order = pool.order.to(device)  # most important patch first
+        self.pool, self.ranks, self.device = pool, ranks, device
+        self.staged = _is_large(pool, device) if staged is None else staged
+        if not self.staged:
+            self.images = pool.images.to(device)
+            self.logits = pool.teacher_logits.to(device)
+            self.order = pool.order.to(device)  # most important patch first
+        self.steps_drawn = STAGED if self.staged else DRAWN
         self.patches = pool.patches
         self.masked_count = masked_patches(pool.patches, config)
         if config.sparsity > 0 and (config.sparsity_per == "batch" or config.whole > 0):
@@ -281,6 +293,8 @@ class MetaTrainer:
             for sides in (config.resolution, config.masked_resolution)
         )
         self.vit = vit
+        for masked, tasks in zip(self._masked(), self._counts(), strict=True):
+            ranks.share(tasks, "tasks that mask" if masked else "tasks of whole images")
         blocks = config.learned_blocks(vit.config.depth)
         lora = LoRA.init(
             vit.config, config.rank, config.alpha, config.targets,
@@ -322,7 +336,7 @@ class MetaTrainer:
             self._loss = torch.compile(self._forward, dynamic=False)
         self._graph: Captured | None = None
         self._drawn: list[Draw] = []
-        self._block = -1  # of DRAWN steps, whose draws these are
+        self._block = -1  # of `steps_drawn` steps, whose draws these are
 
     def _forward(
         self, images: Tensor, keep: Tensor | RaggedKeep | None, target: Tensor
@@ -343,7 +357,7 @@ class MetaTrainer:
         episodes = self.sampler.draw(first, steps)
         rows, labels = (x.reshape(steps, config.tasks, *x.shape[1:]) for x in episodes)
         drawn: dict[bool, list[tuple[np.ndarray, ...]]] = {masked: [] for masked in self._masked()}
-        split = config.tasks if config.sparsity == 0 else round(config.whole * config.tasks)
+        split = self._counts()[0] if not all(self._masked()) else 0
         for i in range(steps):
             # the sampler's key, another stretch of its counter
             rng = np.random.Generator(
@@ -353,6 +367,8 @@ class MetaTrainer:
             for masked in drawn:
                 part = slice(split, None) if masked else slice(0, split)
                 count, images = len(rows[i, part]), rows[i, part].size
+                # all ranks draw for all, so that their number changes nothing
+                own, own_images = self.ranks.share(count), self.ranks.share(images)
                 crop = np.zeros((3, 0))
                 if not masked and config.crop < 1:
                     scale = rng.uniform(config.crop, 1, images)
@@ -363,13 +379,21 @@ class MetaTrainer:
                 if masked and config.sparsity_per == "image" and config.whole == 0:
                     counts = rng.permutation(keep_ladder(images, self.patches, config.sparsity))
                 drawn[masked].append(
-                    (rows[i, part], labels[i, part], flip[part], small, crop.astype(np.float32),
-                     counts)
+                    (rows[i, part][own], labels[i, part][own], flip[part][own], small[own],
+                     crop.astype(np.float32)[:, own_images if crop.size else slice(0)],
+                     counts[own_images if counts.size else slice(0)])
                 )  # fmt: skip
         return [
             Draw(*(torch.from_numpy(np.stack(x)) for x in zip(*each, strict=True)))
             for each in drawn.values()
         ]
+
+    def _counts(self) -> tuple[int, ...]:
+        """Tasks of each group in a step, over all ranks."""
+        whole = round(self.config.whole * self.config.tasks)
+        return (
+            (whole, self.config.tasks - whole) if len(self._masked()) > 1 else (self.config.tasks,)
+        )
 
     def _sides(self, masked: bool) -> tuple[int, int]:
         config = self.config
@@ -412,10 +436,29 @@ class MetaTrainer:
         return Batch(images, keep, targets(self.logits, draw, config))
 
     def _batches(self, step: int) -> list[Batch]:
+        draws = self._draw(step, 1)
+        if self.staged:
+            draws = self._stage(draws)
         return [
-            self._batch(Draw(*(x[0].to(self.images.device) for x in draw)), masked)
-            for draw, masked in zip(self._draw(step, 1), self._masked(), strict=True)
+            self._batch(Draw(*(x[0].to(self.device) for x in draw)), masked)
+            for draw, masked in zip(draws, self._masked(), strict=True)
         ]
+
+    def _stage(self, draws: list[Draw]) -> list[Draw]:
+        """Have the images of some draws on the device; the draws, with their places there."""
+        rows = torch.cat([draw.rows.flatten() for draw in draws])
+        new = self.pool.gather(rows.numpy())
+        if not hasattr(self, "images") or len(self.images) != len(rows):
+            self.images, self.order, self.logits = (x.to(self.device) for x in new)
+        else:  # in place: a recorded step reads these very tensors
+            for own, fresh in zip((self.images, self.order, self.logits), new, strict=True):
+                own.copy_(fresh)
+        placed, start = [], 0
+        for draw in draws:
+            place = torch.arange(start, start + draw.rows.numel()).view_as(draw.rows)
+            placed.append(draw._replace(rows=place))
+            start += draw.rows.numel()
+        return placed
 
     def _masked(self) -> tuple[bool, ...]:
         """Of each group of tasks in a step, whether it masks patches."""
@@ -426,13 +469,14 @@ class MetaTrainer:
     def _update(self) -> tuple[Tensor, Tensor]:
         """One update from the draw that the clock shows; everything happens on the device."""
         loss, accuracy = self.clock.new_zeros(()), self.clock.new_zeros(())
-        slot = (self.clock.long() % DRAWN).view(1)
+        slot = (self.clock.long() % self.steps_drawn).view(1)
         for draws, masked in zip(self._drawn, self._masked(), strict=True):
             batch = self._batch(Draw(*(x.index_select(0, slot)[0] for x in draws)), masked)
             share = len(batch.target) / self.config.tasks
             values = self._loss(*batch)
             loss, accuracy = loss + share * values[0], accuracy + share * values[1]
-        gradients = torch.autograd.grad(loss, self.parameters)
+        own = torch.autograd.grad(loss, self.parameters)
+        gradients, (loss, accuracy) = self.ranks.sum(own, (loss.detach(), accuracy))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimiser.step()
@@ -450,12 +494,14 @@ class MetaTrainer:
 
         Many steps at once, since each copy from the host makes it wait for the step under way.
         """
-        block = self.iteration // DRAWN
+        block = self.iteration // self.steps_drawn
         if block == self._block:
             return
-        new = self._draw(block * DRAWN, DRAWN)
+        new = self._draw(block * self.steps_drawn, self.steps_drawn)
+        if self.staged:
+            new = self._stage(new)
         if not self._drawn:
-            self._drawn = [Draw(*(x.to(self.images.device) for x in draw)) for draw in new]
+            self._drawn = [Draw(*(x.to(self.device) for x in draw)) for draw in new]
         else:  # in place: a recorded step reads these very tensors
             for own, draw in zip(self._drawn, new, strict=True):
                 for x, y in zip(own, draw, strict=True):
@@ -536,6 +582,17 @@ class MetaTrainer:
         return tensors
 
 
+def _is_large(pool: SyntheticPool, device: torch.device) -> bool:
+    """Whether a pool on disk is better read as it is drawn than held on the device."""
+    if not pool.mapped:
+        return False
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return pool.image_bytes > memory / 4
+
+
 def _started(fresh: LoRA, start: LoRA, blocks: tuple[int, ...]) -> LoRA:
     """`fresh` with the change of `start`, as near as its rank allows, in the blocks that learn."""
     near = start.compress(fresh.rank, tuple(fresh.a))
@@ -572,6 +629,8 @@ def meta_train(
     validate: Callable[[ViT, LoRA], float] | None = None,
     on_step: OnStep | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
+    staged: bool | None = None,
 ) -> MetaResult:
     """Meta-train a meta-LoRA on a pool.
 
@@ -584,6 +643,10 @@ def meta_train(
         on_step: called after each step with the steps done and, from time to time, loss, accuracy,
             learning rate and validation score.
         stop: asked after each step; True saves the state and raises KeyboardInterrupt.
+        ranks: processes that share each step's tasks, all of which call this with the same
+            arguments; the first alone writes to the folder, validates and reports. See
+            `fastrecycle.parallel`.
+        staged: see `MetaTrainer`.
 
     Raises:
         ValueError: see `EpisodeSampler` and `SyntheticPool.keep`.
@@ -592,8 +655,9 @@ def meta_train(
     """
     config = config or MetaConfig()
     trainer = MetaTrainer(
-        vit, pool, config, seed=seed, precision=precision, backend=backend, start=start
-    )
+        vit, pool, config, seed=seed, precision=precision, backend=backend, start=start,
+        ranks=ranks, staged=staged,
+    )  # fmt: skip
     state = None if folder is None else Path(folder) / "meta.state.safetensors"
     best: tuple[int, float, list[Tensor]] | None = None
     validation: dict[int, float] = {}
@@ -619,18 +683,19 @@ def meta_train(
         report: dict[str, float] = {}
         if validate is not None and (step % config.validate_every == 0 or trainer.done):
             lora = trainer.meta_lora()
-            score = validate(trainer.vit, lora)
+            score = ranks.told(lambda: validate(trainer.vit, lora))  # noqa: B023
             validation[step] = report["validation"] = score
             if best is None or score > best[1]:
                 kept = lora.tensors() if config.learn != "backbone" else trainer.parameters
                 best = (step, score, [x.detach().cpu().clone() for x in kept])
-        if on_step is not None:
+        if on_step is not None and ranks.first:
             if step % 20 == 0 or trainer.done:
                 report |= {k: v.item() for k, v in values.items()}
                 report["lr"] = config.lr_at(step - 1)
             on_step(step, report)
-        halt = stop()
-        if state is not None and (halt or trainer.done or step % config.checkpoint_every == 0):
+        halt = ranks.agree(stop, step)
+        due = halt or trainer.done or step % config.checkpoint_every == 0
+        if state is not None and due and ranks.first:
             trainer.save(state, extra())
         if halt and not trainer.done:
             raise KeyboardInterrupt
