@@ -209,13 +209,18 @@ def _network(options: Any) -> tuple[Any, dict[str, Any]]:
     return network, {**network_input(prior.prior, network), **told}
 
 
-def _bank(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, str]]:
+def _bank(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, Any]]:
+    """The LoRAs of a bank that can be used, and their line in the manifest."""
     from fastrecycle.inputs import loras_input
-    from fastrecycle.lora import LoRABank
+    from fastrecycle.vetting import vetted_bank
 
     _packaged_alone("bank", source, backbone)
-    bank = LoRABank.load(source, vit)
-    return bank, loras_input(source, bank)
+    bank, left_out = vetted_bank(source, vit)
+    said: dict[str, Any] = {**loras_input(source, bank)}
+    if left_out:
+        print(f"left out of {source}: {len(left_out)} LoRAs, {', '.join(left_out)}")
+        said["left_out"] = left_out
+    return bank, said
 
 
 def _validation(options: Any, vit: Any) -> tuple[Any, dict[str, Any]]:
@@ -244,10 +249,11 @@ def _recycler(options: Any, vit: Any, bank: Any, prior: Any, **more: Any) -> Any
         prior,
         getattr(options, "inversion", None),
         getattr(options, "meta", None),
-        device=options.common.device,
+        device=more.pop("device", options.common.device),
         backend=options.training.backend,
         precision=options.common.precision,
         seed=options.training.seed,
+        screening=getattr(options, "screen", False),
         quiet=_hidden(options.common),
         **more,
     )
@@ -381,7 +387,9 @@ def _invert(options: o.Invert) -> int:
 
 def _meta_train(options: o.MetaTrain) -> int:
     from fastrecycle.inputs import pool_input
+    from fastrecycle.parallel import torchrun_ranks
     from fastrecycle.pool import SyntheticPool
+    from fastrecycle.recycler import resolve_device
 
     pool = SyntheticPool.load(options.pool)
     vit, backbone = _backbone(options)
@@ -395,11 +403,20 @@ def _meta_train(options: o.MetaTrain) -> int:
             "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
             " give --bank FOLDER (the one it was inverted from), or --start zero"
         )
-    recycler = _recycler(options, vit, bank, None, validation=validation, inputs=inputs)
-    lora = recycler.meta_train(pool, options.out)
-    lora.save(options.out / "meta_lora")
-    _save_backbone(recycler, options.out)
-    _say_meta(recycler, options.out, options)
+    if options.screen and options.bank is None:
+        raise ValueError(
+            "screen: compares LoRAs too; give --bank FOLDER, the one that was inverted"
+        )
+    with torchrun_ranks(resolve_device(options.common.device)) as (ranks, device):
+        recycler = _recycler(
+            options, vit, bank, None, validation=validation, inputs=inputs, ranks=ranks,
+            device=device,
+        )  # fmt: skip
+        lora = recycler.meta_train(pool, options.out)
+        if ranks.first:
+            lora.save(options.out / "meta_lora")
+            _save_backbone(recycler, options.out)
+            _say_meta(recycler, options.out, options)
     return OK
 
 

@@ -6,7 +6,7 @@ Each `describe_...` returns lines to print and a list of problems.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from fastrecycle.data import DATASETS, ImageDataset, load_dataset
 from fastrecycle.data.layouts import SPLITS
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
 from fastrecycle.files import load_safetensors, load_torch, read_json
-from fastrecycle.lora import LoRA
+from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.lora_files import holds_lora
-from fastrecycle.peft_format import read_peft
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
+from fastrecycle.screening import at_chance
+from fastrecycle.vetting import read_members, vet
 from fastrecycle.vit import ViT
 from fastrecycle.vit_config import ViTConfig, flops
 
@@ -67,6 +68,8 @@ def describe(
         return describe_demo()
     if source in DATASETS:
         return describe_dataset(source, data_root, full)
+    if source.endswith(".txt"):
+        return describe_bank(source)
     path = Path(source)
     if not path.exists():
         if source.partition(":")[0] in ("open_clip", "timm", "hf"):
@@ -135,9 +138,8 @@ def describe_demo() -> Description:
 
 
 def _demo_bank() -> Description:
-    from fastrecycle.lora import LoRABank
-
-    return _bank(LoRABank.load("demo"))
+    bank = LoRABank.load("demo")
+    return _bank(bank, len(bank))
 
 
 def describe_backbone(source: str, config: Any) -> Description:
@@ -219,39 +221,28 @@ def _lora(lora: LoRA) -> Description:
     return Description(lines)
 
 
-def describe_bank(path: Path) -> Description:
-    """A folder of PEFT folders; each broken one is named."""
-    loras, problems = [], []
-    for file in sorted(path.glob("**/adapter_config.json")):
-        try:
-            loras.append(read_peft(file.parent))
-        except _REFUSED as error:
-            problems.append(str(error))
-    found = _bank(loras) if loras else Description([f"{path}: bank"])
-    found.problems += problems
+def describe_bank(source: str | Path) -> Description:
+    """A folder of PEFT folders, or a list of them; each broken or doubled one is named."""
+    members = read_members(source)
+    loras, left_out = vet(members, heads=False)
+    found = _bank(loras, len(members)) if loras else Description([f"{source}: bank"])
+    found.problems += [f"{name}: {reason}" for name, reason in left_out.items()]
     return found
 
 
-def _bank(loras: Iterable[LoRA]) -> Description:
-    loras = list(loras)
+def _bank(loras: Sequence[LoRA], of: int) -> Description:
     names = Counter(name for lora in loras for name in lora.class_names or ())
+    usable = "" if of == len(loras) else f", {len(loras)} of them usable"
     found = Description(
         [
-            f"bank of {len(loras)} LoRAs",
+            f"bank of {of} LoRAs{usable}",
+            f"made for {_counts(lora.base_model or 'an unnamed model' for lora in loras)}",
             f"ranks {_counts(lora.rank for lora in loras)}",
             f"targets {_counts(' '.join(lora.ranks) for lora in loras)}",
             f"heads {_counts(x.head.classes if x.head else 'none' for x in loras)} classes",
             f"{len(names)} class names, {sum(names.values())} uses",
         ]
     )
-    sizes = Counter(
-        tuple((t, lora.a[t].shape[2], lora.b[t].shape[1]) for t in lora.a) for lora in loras
-    )
-    widths = {(target, a, b) for size in sizes for target, a, b in size}
-    for target in {t for t, _, _ in widths}:
-        different = sorted((a, b) for t, a, b in widths if t == target)
-        if len(different) > 1:
-            found.problems.append(f"LoRAs of several models: {target} is {different}")
     headless = sum(lora.head is None for lora in loras)
     if headless:
         found.lines.append(f"{headless} without a head, which inversion needs")
@@ -276,19 +267,27 @@ def _pool(parts: list[TaskImages]) -> Description:
         pool = SyntheticPool(parts)
     except ValueError as error:
         return Description(["synthetic pool"], [str(error)])
-    side = pool.images.shape[-1]
-    right = (pool.teacher_logits.argmax(1) == pool.labels).float().mean().item()
-    per_class = torch.bincount(pool.tasks * (int(pool.labels.max()) + 1) + pool.labels)
-    per_class = per_class[per_class > 0]
+    right, per_class, problems = 0, [], []
+    for part in parts:
+        own = int((part.teacher_logits.argmax(1) == part.labels).sum())
+        right += own
+        per_class += part.labels.bincount()[part.labels.unique()].tolist()
+        if at_chance(part):
+            problems.append(
+                f"{part.name or part.task}: its own network is at chance on its own images"
+                f" ({own / len(part.labels):.0%})"
+            )
     return Description(
         [
-            f"synthetic pool, {len(pool)} images of {len(parts)} LoRAs, {side} x {side} px",
+            f"synthetic pool, {len(pool)} images of {len(parts)} LoRAs, {pool.side} x {pool.side}"
+            " px",
             f"{len(pool.class_names)} classes"
             + ("" if pool.has_names else " (without names)")
-            + f", {int(per_class.min())} to {int(per_class.max())} images of each and LoRA",
+            + f", {min(per_class)} to {max(per_class)} images of each and LoRA",
             f"{pool.survivors} of {pool.patches} patches survived pruning",
-            f"teachers name {100 * right:.1f} % of their own images rightly",
-        ]
+            f"teachers name {100 * right / len(pool):.1f} % of their own images rightly",
+        ],
+        problems,
     )
 
 

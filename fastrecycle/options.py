@@ -138,7 +138,8 @@ class Invert:
     backbone: OmitArgPrefixes[Backbone]
     prior: OmitArgPrefixes[Prior]
     inversion: OmitArgPrefixes[InversionConfig]
-    # demo (packaged), or a folder of PEFT folders.
+    # demo (packaged), a folder of PEFT folders, hf:OWNER/REPO, or a .txt file that lists any of
+    # these, one a line. What cannot be used is named and left out.
     bank: str = "demo"
     # Folder of the synthetic pool.
     out: Path = Path("runs/pool")
@@ -154,11 +155,13 @@ class MetaTrain:
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
     meta: OmitArgPrefixes[MetaConfig]
-    # Folder that `fastrecycle invert` wrote.
-    pool: Path
+    # Folder that `fastrecycle invert` wrote, or a URL of any file system that fsspec knows.
+    pool: str
     # The bank it was inverted from, where the meta-LoRA starts: demo (packaged), or a folder of
     # PEFT folders. Only --start zero goes without.
     bank: str | None = None
+    # Leave out LoRAs whose images or weights are unlike the others'; needs --bank.
+    screen: bool = False
     # Data set whose split "val" chooses the step that is returned; unset returns the last.
     validation: str | None = None
     # Folder of the results.
@@ -177,8 +180,12 @@ class Recycle:
     prior: OmitArgPrefixes[Prior]
     inversion: InversionConfig
     meta: MetaConfig
-    # demo (packaged), or a folder of PEFT folders.
+    # demo (packaged), a folder of PEFT folders, hf:OWNER/REPO, or a .txt file that lists any of
+    # these, one a line. What cannot be used is named and left out.
     bank: str = "demo"
+    # Leave LoRAs out of meta-training whose images or weights are unlike the others'; the scores
+    # are in meta/screen.json.
+    screen: bool = False
     # Data set whose split "val" chooses the step that is returned; unset returns the last.
     validation: str | None = None
     # Folder of the results.

@@ -1,6 +1,6 @@
 """Meta-training on many processes: each has a share of a step's tasks, and gradients are summed.
 
-    torchrun --nproc-per-node 4 -m fastrecycle meta-train --pool runs/pool ...
+    torchrun --nproc-per-node 4 -m fastrecycle.cli meta-train --pool runs/pool ...
 
 Every process draws all tasks and computes its own, so that seed and tasks of a step decide the
 meta-LoRA (to rounding), not the number of processes.

@@ -13,13 +13,17 @@ from torch import nn
 from fastrecycle import run as runs
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
+from fastrecycle.files import write_json
 from fastrecycle.inputs import loras_input, network_input, pool_input
 from fastrecycle.inversion import check_inversion, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
 from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
+from fastrecycle.parallel import ALONE, Ranks
 from fastrecycle.pool import SyntheticPool
+from fastrecycle.pool_files import PoolFiles, TaskImages
 from fastrecycle.prior import load_prior
+from fastrecycle.screening import Score, as_json, screen
 from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
@@ -72,8 +76,11 @@ class MetaLoRARecycler:
         seed: of everything drawn.
         validation: a data set for choosing the step that is returned, never test data; None returns
             the last.
+        screening: leave LoRAs out of meta-training whose images or weights are unlike the others';
+            see `fastrecycle.screening`. Their images are made and kept.
         inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
+        ranks: processes that share meta-training; see `fastrecycle.parallel`.
 
     Raises:
         ValueError: LoRAs that do not fit the backbone or have no head, settings out of range.
@@ -95,8 +102,10 @@ class MetaLoRARecycler:
         precision: Precision = "auto",
         seed: int = 0,
         validation: Any = None,
+        screening: bool = False,
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        ranks: Ranks = ALONE,
     ):
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
@@ -115,8 +124,10 @@ class MetaLoRARecycler:
         self.prior = None if network is None else network.to(self.device)
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__
         self.vit = vit.to(self.device)
-        self.seed, self.validation, self.quiet = seed, validation, quiet
-        self.inputs = dict(inputs or {})
+        self.seed, self.validation, self.quiet = seed, validation, quiet or not ranks.first
+        self.ranks = ranks
+        self.inputs, self.screening = dict(inputs or {}), screening
+        self.scores: list[Score] = []
         self.pool: SyntheticPool | None = None
         self.result: MetaResult | None = None
         log.info("device %s, backend %s, precision %s", self.device, self.backend, self.precision)
@@ -133,6 +144,7 @@ class MetaLoRARecycler:
             inputs["prior"] = network_input(str(self.prior_name), self.prior)
         return {
             "config": {
+                **({"screen": True} if self.screening else {}),
                 "inversion": runs.settings(self.inversion),
                 "meta": runs.settings(self.meta),
                 "backend": self.backend,
@@ -185,8 +197,11 @@ class MetaLoRARecycler:
         pool = pool or self.pool
         if pool is None:
             raise ValueError("pool: none yet; call invert() first or pass SyntheticPool.load(...)")
+        stay: Sequence[LoRA] = self.bank
+        if self.screening:
+            pool, stay = self._screened(pool, folder)
         target = None
-        if folder is not None:
+        if folder is not None and self.ranks.first:
             manifest = self._stage_manifest("meta")
             manifest["inputs"].setdefault("pool", pool_input("pool", pool))
             target = runs.RunFolder(folder, manifest)
@@ -207,24 +222,49 @@ class MetaLoRARecycler:
                 seed=self.seed,
                 precision=self.precision,
                 backend=self.backend,
-                start=self._start(),
+                start=self._start(stay),
                 folder=folder,
                 validate=self._validate if self.validation is not None else None,
                 on_step=on_step,
                 stop=stop,
+                ranks=self.ranks,
             )
         return self.result.lora
 
-    def _start(self) -> LoRA | None:
+    def _screened(
+        self, pool: SyntheticPool, folder: str | Path | None
+    ) -> tuple[SyntheticPool, list[LoRA]]:
+        """The part of a pool to trust, and its LoRAs; the others are logged, and kept in a file."""
+        precision = "fp32" if self.precision == "fp32" else "bf16"
+        self.scores = screen(self.vit, self.bank, pool.parts, precision=precision)
+        if folder is not None and self.ranks.first:
+            write_json(Path(folder) / "screen.json", as_json(self.scores))
+        stay = [i for i, score in enumerate(self.scores) if not score.reasons]
+        for score in self.scores:
+            for reason in score.reasons:
+                log.warning("left out %s: %s", score.name or score.task, reason)
+        log.info("screening: %d of %d LoRAs stay", len(stay), len(self.scores))
+        if not stay:
+            raise ValueError(
+                "screen: no LoRA's images can be trusted; see the reasons above, and whether"
+                " inversion ran long enough"
+            )
+        if isinstance(pool.parts, PoolFiles):
+            kept: Sequence[TaskImages] = pool.parts.only(self.scores[i].task for i in stay)
+        else:
+            kept = [pool.parts[i] for i in stay]
+        return SyntheticPool(kept), [self.bank[self.scores[i].task] for i in stay]
+
+    def _start(self, bank: Sequence[LoRA]) -> LoRA | None:
         """Where the meta-LoRA starts; None: from nothing."""
         if self.meta.start == "zero" or self.meta.learn == "backbone":
             return None
-        if not len(self.bank):
+        if not len(bank):
             raise ValueError(
                 'start: "average" needs the bank that the pool was inverted from, got no LoRAs;'
                 ' pass bank=..., or MetaConfig(start="zero")'
             )
-        return LoRA.average(self.bank)
+        return LoRA.average(bank)
 
     def _validate(self, vit: ViT, lora: LoRA) -> float:
         """Accuracy on 200 validation tasks, in percent."""
