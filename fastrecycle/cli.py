@@ -254,6 +254,7 @@ def _recycler(options: Any, vit: Any, bank: Any, prior: Any, **more: Any) -> Any
         precision=options.common.precision,
         seed=options.training.seed,
         screening=getattr(options, "screen", False),
+        cluster=getattr(options, "cluster", None),
         quiet=_hidden(options.common),
         **more,
     )

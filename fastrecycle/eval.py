@@ -265,6 +265,25 @@ def score_ragged(
     return Result.of(accuracy)
 
 
+def used_episodes(
+    source: ImageDataset | Pixels,
+    *,
+    shots: Sequence[int],
+    ways: int = 5,
+    queries: int = 15,
+    tasks: int = 600,
+    seed: int = 0,
+) -> tuple[dict[int, Episodes], np.ndarray]:
+    """The frozen task lists of each of `shots`, and the images they use, ascending."""
+    drawn = {
+        count: episodes(
+            source.labels, ways, count, queries, tasks, seed, class_names=source.class_names
+        )
+        for count in shots
+    }
+    return drawn, np.unique(np.concatenate([lists.images for lists in drawn.values()]))
+
+
 def embed_episodes(
     vit: ViT,
     lora: LoRA | None,
@@ -289,13 +308,9 @@ def embed_episodes(
         (N, F), zero where no task uses an image, and {shots: tasks}.
 
     """
-    drawn = {
-        count: episodes(
-            source.labels, ways, count, queries, tasks, seed, class_names=source.class_names
-        )
-        for count in shots
-    }
-    used = np.unique(np.concatenate([lists.images for lists in drawn.values()]))
+    drawn, used = used_episodes(
+        source, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed
+    )
     features = embed(vit, lora, source, used, **embedding)
     everywhere = features.new_zeros(len(source.labels), features.shape[1])
     everywhere[torch.from_numpy(used).to(features.device)] = features

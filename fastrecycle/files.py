@@ -140,6 +140,13 @@ class Folder:
         with os.scandir(self.location) as entries:
             return {e.name: e.stat().st_size for e in entries if e.is_file()}
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        if self.url:
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(f"{self.root}/{name}"))
+        return os.path.isfile(os.path.join(self.location, name))
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file, atomically."""
         if not self.url:

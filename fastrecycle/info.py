@@ -267,17 +267,14 @@ def _pool(parts: list[TaskImages]) -> Description:
         pool = SyntheticPool(parts)
     except ValueError as error:
         return Description(["synthetic pool"], [str(error)])
-    right, per_class, problems = 0, [], []
+    right, per_class, guessing = 0, [], []
     for part in parts:
         own = int((part.teacher_logits.argmax(1) == part.labels).sum())
         right += own
         per_class += part.labels.bincount()[part.labels.unique()].tolist()
         if at_chance(part):
-            problems.append(
-                f"{part.name or part.task}: its own network is at chance on its own images"
-                f" ({own / len(part.labels):.0%})"
-            )
-    return Description(
+            guessing.append(part.name or f"task {part.task}")
+    found = Description(
         [
             f"synthetic pool, {len(pool)} images of {len(parts)} LoRAs, {pool.side} x {pool.side}"
             " px",
@@ -286,9 +283,11 @@ def _pool(parts: list[TaskImages]) -> Description:
             + f", {min(per_class)} to {max(per_class)} images of each and LoRA",
             f"{pool.survivors} of {pool.patches} patches survived pruning",
             f"teachers name {100 * right / len(pool):.1f} % of their own images rightly",
-        ],
-        problems,
+        ]
     )
+    if guessing:  # too few iterations, or a broken LoRA; meta-training would learn from noise
+        found.lines.append(f"no better than guessing: the teachers of {', '.join(guessing)}")
+    return found
 
 
 def describe_run(path: Path) -> Description:

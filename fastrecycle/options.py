@@ -143,6 +143,8 @@ class Invert:
     bank: str = "demo"
     # Folder of the synthetic pool.
     out: Path = Path("runs/pool")
+    # Ray cluster to run on: auto (the one that runs here, else this machine alone) or an address.
+    cluster: str | None = None
     # Settings to start from: default, paper (the paper's), quick.
     preset: Preset = "default"
 
@@ -190,6 +192,8 @@ class Recycle:
     validation: str | None = None
     # Folder of the results.
     out: Path = Path("runs/recycle")
+    # Ray cluster to run on: auto (the one that runs here, else this machine alone) or an address.
+    cluster: str | None = None
     # Settings to start from: default, paper (the paper's), quick.
     preset: Preset = "default"
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrecycle import run as runs
+from fastrecycle.cluster import cluster_invert, cluster_meta_train
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
 from fastrecycle.files import write_json
@@ -81,6 +82,8 @@ class MetaLoRARecycler:
         inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
         ranks: processes that share meta-training; see `fastrecycle.parallel`.
+        cluster: address of a Ray cluster, or "auto", on which both stages run; see
+            `fastrecycle.cluster`. It takes a folder, and no validation.
 
     Raises:
         ValueError: LoRAs that do not fit the backbone or have no head, settings out of range.
@@ -106,6 +109,7 @@ class MetaLoRARecycler:
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
         ranks: Ranks = ALONE,
+        cluster: str | None = None,
     ):
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
@@ -125,7 +129,9 @@ class MetaLoRARecycler:
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__
         self.vit = vit.to(self.device)
         self.seed, self.validation, self.quiet = seed, validation, quiet or not ranks.first
-        self.ranks = ranks
+        self.ranks, self.cluster = ranks, cluster
+        if cluster is not None and validation is not None:
+            raise ValueError("validation: is not done on a cluster; leave it out")
         self.inputs, self.screening = dict(inputs or {}), screening
         self.scores: list[Score] = []
         self.pool: SyntheticPool | None = None
@@ -175,18 +181,17 @@ class MetaLoRARecycler:
                 if target is not None:
                     target.metrics("invert", done, values)
 
-            parts = invert(
-                self.vit,
-                self.bank,
-                self.prior,
-                self.inversion,
-                seed=self.seed,
-                precision=self.precision,
-                backend=self.backend,
-                folder=folder,
-                on_step=on_step,
-                stop=stop,
-            )
+            settings: dict[str, Any] = {
+                "seed": self.seed, "precision": self.precision, "backend": self.backend,
+                "folder": self._on_cluster(folder), "on_step": on_step, "stop": stop,
+            }  # fmt: skip
+            networks = self.vit, self.bank, self.prior, self.inversion
+            if self.cluster is not None:
+                parts: Sequence[TaskImages] = cluster_invert(
+                    *networks, address=self.cluster, **settings
+                )
+            else:
+                parts = invert(*networks, **settings)
         self.pool = SyntheticPool(parts)
         return self.pool
 
@@ -205,6 +210,8 @@ class MetaLoRARecycler:
             manifest = self._stage_manifest("meta")
             manifest["inputs"].setdefault("pool", pool_input("pool", pool))
             target = runs.RunFolder(folder, manifest)
+        if self.cluster is not None:
+            return self._cluster_meta_train(pool, stay, self._on_cluster(folder))
         with (
             runs.progress("meta-training", self.meta.steps, quiet=self.quiet) as update,
             runs.stop_on_interrupt() as stop,
@@ -230,6 +237,29 @@ class MetaLoRARecycler:
                 ranks=self.ranks,
             )
         return self.result.lora
+
+    def _on_cluster(self, folder: str | Path | None) -> str | Path | None:
+        if self.cluster is not None and folder is None:
+            raise ValueError("cluster: needs a folder that every node reaches, got none")
+        return folder
+
+    def _cluster_meta_train(
+        self, pool: SyntheticPool, bank: Sequence[LoRA], folder: str | Path | None
+    ) -> LoRA:
+        assert self.cluster is not None
+        assert folder is not None
+        if not isinstance(pool.parts, PoolFiles) or self.meta.learn == "backbone":
+            raise ValueError(
+                "cluster: meta-training there takes a pool on disk, and learns a LoRA;"
+                ' got learn="backbone" or a pool in memory'
+            )
+        lora = cluster_meta_train(
+            self.vit, pool.parts.folder.location, self.meta, folder=folder, address=self.cluster,
+            seed=self.seed, precision=self.precision, backend=self.backend,
+            start=self._start(bank), tasks=[e.task for e in pool.parts.entries],
+        )  # fmt: skip
+        self.result = MetaResult(lora, self.vit, self.meta.steps, {})
+        return lora
 
     def _screened(
         self, pool: SyntheticPool, folder: str | Path | None
@@ -297,6 +327,6 @@ class MetaLoRARecycler:
     def _stage_manifest(self, stage: str) -> dict[str, Any]:
         whole = self.manifest()
         # a pool serves any meta-training, so each stage answers for its own settings alone
-        other = {"invert": "meta", "meta": "inversion"}[stage]
-        config = {k: v for k, v in whole["config"].items() if k != other}
+        others = {"invert": ("meta", "screen"), "meta": ("inversion",)}[stage]
+        config = {k: v for k, v in whole["config"].items() if k not in others}
         return {**whole, "config": config}

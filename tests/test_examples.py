@@ -1,6 +1,7 @@
 """Examples run as they stand."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import tiny
 import toys
 
-from fastrecycle import SyntheticPool, ViT
+from fastrecycle import InversionConfig, LoRABank, MetaConfig, SyntheticPool, ViT
 from fastrecycle.baselines import CAML, PMF_META, CAMLConfig, CAMLNetwork, evaluate_baseline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -55,3 +56,21 @@ def test_pooled_baselines_train_from_a_saved_pool(monkeypatch, capsys, tmp_path,
         tasks=20, split="val",
     )  # fmt: skip
     assert again.accuracy == results["CAML"][1].accuracy
+
+
+def test_screening_is_measured_on_a_poisoned_bank(monkeypatch, capsys, tmp_path, one_thread):
+    world = tiny.make(tmp_path)
+    LoRABank([tiny.random_lora(tiny.CONFIG, i) for i in range(10)]).save(tmp_path / "ten")
+    results = load("screen_bank", monkeypatch).main(
+        tmp_path / "ten", str(world.images), str(world.backbone), str(world.prior),
+        tmp_path / "out", loras=10, shots=(1,), ways=3, queries=4, tasks=20, device="cpu",
+        inversion=InversionConfig(
+            images_per_class=6, iterations=40, lr=0.03, jitter=0.0, flip=0.0, alpha=0.001, group=10
+        ),
+        meta=MetaConfig(steps=4, ways=3, queries=3, resolution=(8, 16)),
+    )  # fmt: skip
+    assert set(results) == {"clean", "poisoned", "screened"}
+    said = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(said["poison"].values()) == {"shuffled_head", "noise_weights"}
+    assert "screened minus clean, 1-shot" in said
+    assert said["found"] or said["missed"]

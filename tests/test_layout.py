@@ -30,7 +30,7 @@ STAGES = {
     "invert", "InversionGroup", "meta_train", "MetaTrainer", "pretune", "evaluate",
     "evaluate_shots", "MetaLoRARecycler",
 }  # fmt: skip
-WIRING = {"__init__", "recycler", "cli", "demo"}
+WIRING = {"__init__", "recycler", "cli", "demo", "cluster"}
 
 
 def modules():
