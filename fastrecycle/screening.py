@@ -8,8 +8,8 @@ each finds. G tasks, m images of one, C classes, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,15 +25,14 @@ from fastrecycle.vit import ViT
 LIMIT = 3.5
 # The least deviation of each score that counts as one, lest a bank of near equals lose members;
 # shares of m images have at least 0.5 / sqrt(m).
-FLOORS = {"plain": 0.05, "rest": 0.05, "teacher": 0.02, "names": 0.1, "agreement": 0.02,
-          "size": 0.1}  # fmt: skip
+FLOORS = {"plain": 0.05, "rest": 0.05, "teacher": 0.02, "agreement": 0.02, "size": 0.1}
+_NAMES_TELL = 0.3  # median of `names` below which a bank's names say too little to go by
 _FEWEST = 5  # tasks, below which a median says little and only the chance level is looked at
 
 MEANINGS = {
     "teacher": "its own network names its own images",
     "plain": "its images separate under the plain backbone",
     "rest": "its images separate under the mean of the other LoRAs",
-    "names": "its classes look like the others' classes of the same names",
     "agreement": "its change of the weights points where the others' do",
     "size": "its change of the weights is about as large as the others'",
 }
@@ -66,7 +65,8 @@ def screen(
 
     A task is left out where a score lies more than `LIMIT` robust deviations (1.4826 times the
     median distance to the median, at least `FLOORS`) below the median of all; `size` on either
-    side. So is one whose own network is at chance on its own images.
+    side. So is one whose own network is at chance on its own images, and one whose `names` is below
+    zero, where the median of `names` shows that names tell something.
 
     Args:
         vit: the backbone, on the device to use.
@@ -106,38 +106,59 @@ def screen(
                 "size": sums.size(i),
             }
         )
-    names = _namesakes(parts, plain_means)
     scores = [
-        Score(part.task, part.name, names=same, **row)
-        for part, row, same in zip(parts, rows, names, strict=True)
+        Score(part.task, part.name, names=math.nan, **row)
+        for part, row in zip(parts, rows, strict=True)
     ]
-    return judged(scores, parts)
+    reasons = _reasons(scores, parts)
+    names = _trusted_names(parts, plain_means, reasons)
+    return [
+        replace(score, names=same, reasons=tuple(found))
+        for score, same, found in zip(scores, names, reasons, strict=True)
+    ]
 
 
-def judged(scores: Sequence[Score], parts: Sequence[TaskImages]) -> list[Score]:
-    """The scores with reasons; see `screen`."""
+def _reasons(scores: Sequence[Score], parts: Sequence[TaskImages]) -> list[list[str]]:
+    """Why each task is left out, by all scores but `names`."""
     reasons: list[list[str]] = [[] for _ in scores]
     for found, score, part in zip(reasons, scores, parts, strict=True):
         if at_chance(part):
             found.append(f"its own network is at chance on its own images ({score.teacher:.0%})")
-    if len(scores) >= _FEWEST:
-        for name, meaning in MEANINGS.items():
-            values = torch.tensor([getattr(s, name) for s in scores], dtype=torch.float64)
-            floor = FLOORS[name]
-            if name in ("teacher", "plain", "rest"):  # shares of m images: what chance does to one
-                floor = max(floor, 0.5 / math.sqrt(min(len(p.labels) for p in parts)))
-            for i in outliers(values, floor, both=name == "size"):
-                found = reasons[i]
-                found.append(
-                    f"{name} {values[i]:.2f}, median {values.nanmedian():.2f}: less than the"
-                    f" others' do, {meaning}"
-                    if name != "size"
-                    else f"size e^{values[i]:.2f}, median e^{values.nanmedian():.2f}"
-                )
-    return [
-        Score(**{**vars(s), "reasons": tuple(found)})
-        for s, found in zip(scores, reasons, strict=True)
-    ]
+    for name, meaning in MEANINGS.items():
+        values = torch.tensor([getattr(s, name) for s in scores], dtype=torch.float64)
+        floor = FLOORS[name]
+        if name in ("teacher", "plain", "rest"):  # shares of m images: what chance does to one
+            floor = max(floor, 0.5 / math.sqrt(min(len(p.labels) for p in parts)))
+        for i in outliers(values, floor, both=name == "size"):
+            reasons[i].append(
+                f"{name} {values[i]:.2f}, median {values.nanmedian():.2f}: less than the others'"
+                f" do, {meaning}"
+                if name != "size"
+                else f"size e^{values[i]:.2f}, median e^{values.nanmedian():.2f}"
+            )
+    return reasons
+
+
+def _trusted_names(
+    parts: Sequence[TaskImages], means: Sequence[Tensor], reasons: list[list[str]]
+) -> list[float]:
+    """The score `names` of each task, against the tasks that stay; adds to their reasons.
+
+    One task after the other leaves, the worst first, and the rest is scored again: a LoRA under a
+    wrong head also makes its honest namesakes look bad.
+    """
+    while True:
+        out = {i for i, found in enumerate(reasons) if found}
+        names = _namesakes(parts, means, out)
+        stay = torch.tensor([math.nan if i in out else x for i, x in enumerate(names)])
+        known = stay[~stay.isnan()]
+        if len(known) < _FEWEST or known.median() < _NAMES_TELL or known.min() >= 0:
+            return names
+        worst = int(stay.nan_to_num(math.inf).argmin())
+        reasons[worst].append(
+            f"names {names[worst]:.2f}, median {known.median():.2f}: its classes look no more like"
+            " their namesakes in other tasks than like each other"
+        )
 
 
 def at_chance(part: TaskImages) -> bool:
@@ -252,8 +273,10 @@ def _features(
     return torch.cat(rows)
 
 
-def _namesakes(parts: Sequence[TaskImages], means: Sequence[Tensor]) -> list[float]:
-    """Mean cosine of each task's class means with those of other tasks' classes of the names."""
+def _namesakes(
+    parts: Sequence[TaskImages], means: Sequence[Tensor], without: Collection[int]
+) -> list[float]:
+    """Mean cosine of each task's class means with those of its namesakes in tasks that stay."""
     shown: dict[str, list[tuple[int, Tensor]]] = {}
     for i, (part, mean) in enumerate(zip(parts, means, strict=True)):
         for row, label in enumerate(part.labels.unique(sorted=True).tolist()):
@@ -265,11 +288,12 @@ def _namesakes(parts: Sequence[TaskImages], means: Sequence[Tensor]) -> list[flo
         for row, label in enumerate(part.labels.unique(sorted=True).tolist()):
             if part.class_names is None:
                 continue
-            elsewhere = [x for j, x in shown[part.class_names[label]] if j != i]
+            namesakes = shown[part.class_names[label]]
+            elsewhere = [x for j, x in namesakes if j != i and j not in without]
             if elsewhere:
                 own.append(mean[row])
                 others.append(torch.stack(elsewhere).mean(0))
-        if len(own) < 2:
+        if len(own) < 3:  # of two centred classes one is the other's negative
             cosines.append(math.nan)
             continue
         # what all these classes have in common tells nothing
@@ -278,11 +302,14 @@ def _namesakes(parts: Sequence[TaskImages], means: Sequence[Tensor]) -> list[flo
     return cosines
 
 
+SCORES = ("teacher", "plain", "rest", "names", "agreement", "size")
+
+
 def table(scores: Sequence[Score]) -> list[list[str]]:
     """Rows of text, those left out first: name, the six scores, why."""
     ordered = sorted(scores, key=lambda s: (not s.reasons, s.task))
     return [
-        [s.name or str(s.task), *(f"{getattr(s, name):.2f}" for name in MEANINGS),
+        [s.name or str(s.task), *(f"{getattr(s, name):.2f}" for name in SCORES),
          "; ".join(s.reasons) or "stays"]
         for s in ordered
     ]  # fmt: skip

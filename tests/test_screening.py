@@ -17,11 +17,13 @@ from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.recycler import MetaLoRARecycler
 from fastrecycle.screening import (
-    MEANINGS,
+    SCORES,
     Score,
     _Changes,
+    _namesakes,
+    _reasons,
+    _trusted_names,
     at_chance,
-    judged,
     leave_one_out,
     outliers,
     screen,
@@ -60,7 +62,7 @@ def test_a_fifth_poisoned_is_found_and_nobody_else(market):
     rows = table(scores)
     assert [row[0] for row in rows[:3]] == ["lora01", "lora05", "lora09"]
     assert all(row[-1] == "stays" for row in rows[3:])
-    assert all(len(row) == 2 + len(MEANINGS) for row in rows)
+    assert all(len(row) == 2 + len(SCORES) for row in rows)
 
 
 def test_an_honest_bank_keeps_all_its_members():
@@ -127,8 +129,45 @@ def test_chance_level_is_named_whatever_the_others_do():
     guess = replace(part, teacher_logits=part.teacher_logits.roll(6, 0))
     assert at_chance(guess)
     score = Score(0, "x", 0.1, 1.0, 1.0, 1.0, 1.0, 0.0)
-    (got,) = judged([score], [guess])
-    assert got.reasons == ("its own network is at chance on its own images (10%)",)
+    assert _reasons([score], [guess]) == [["its own network is at chance on its own images (10%)"]]
+
+
+def test_names_are_scored_without_those_that_are_wrong():
+    """Two tasks share their names with a swapped one; alone of the two kinds it is found."""
+    g = toys.generator(3)
+    codes = torch.randn(8, 16, generator=g)
+    parts, means = [], []
+    for i in range(8):
+        chosen = [(i + j) % 8 for j in range(4)]
+        parts.append(toys.task_images(i, ways=4, names=tuple(f"n{c}" for c in chosen)))
+        means.append(codes[chosen] + 0.2 * torch.randn(4, 16, generator=g))
+    means[2] = means[2].roll(1, 0)
+    reasons = [[] for _ in parts]
+    before = _namesakes(parts, means, ())
+    names = _trusted_names(parts, means, reasons)
+    assert [i for i, found in enumerate(reasons) if found] == [2]
+    assert names[2] < 0
+    assert all(names[i] >= before[i] - 1e-6 for i in (1, 3))  # they no longer answer for it
+    expected = []
+    for j in range(4):
+        others = [
+            means[k][parts[k].class_names.index(parts[0].class_names[j])]
+            for k in range(8)
+            if k not in (0, 2) and parts[0].class_names[j] in parts[k].class_names
+        ]
+        expected.append(torch.stack(others).mean(0))
+    one, other = (x - x.mean(0) for x in (means[0], torch.stack(expected)))
+    cosine = (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1)
+    assert names[0] == pytest.approx(cosine.mean().item(), abs=1e-5)
+
+
+def test_names_that_tell_nothing_leave_nobody_out():
+    g = toys.generator(4)
+    parts = [toys.task_images(i, ways=4, names=("a", "b", "c", "d")) for i in range(8)]
+    reasons = [[] for _ in parts]
+    names = _trusted_names(parts, [torch.randn(4, 16, generator=g) for _ in parts], reasons)
+    assert min(names) < 0
+    assert not any(reasons)
 
 
 def test_screen_wants_the_bank_that_was_inverted(market):
