@@ -18,7 +18,8 @@ from fastrecycle.config import InversionConfig
 from fastrecycle.lora import LoRA
 from fastrecycle.pool_files import TaskImages
 from fastrecycle.pruning import kept_count, top_patches
-from fastrecycle.vit import ViT, ViTConfig
+from fastrecycle.vit import ViT
+from fastrecycle.vit_config import ViTConfig
 
 
 def coarse_side(config: InversionConfig, vit: ViTConfig) -> int:

@@ -47,6 +47,7 @@ def read_members(source: str | Path, vit: ViT | None = None) -> list[Member]:
 
     Raises:
         FileNotFoundError: no such folder, no such list, or no LoRA in it.
+        ValueError: no PEFT folder in it, and no file of it is a LoRA.
 
     """
     text = str(source)
@@ -71,7 +72,10 @@ def read_members(source: str | Path, vit: ViT | None = None) -> list[Member]:
         named = [p.name if p == folder else p.relative_to(folder).as_posix() for p in found]
     else:
         named = [p.relative_to(folder).with_suffix("").as_posix() for p in files]
-    return [_read(name, path, vit) for name, path in zip(named, found or files, strict=True)]
+    members = [_read(name, path, vit) for name, path in zip(named, found or files, strict=True)]
+    if not found and all(member.lora is None for member in members):
+        raise ValueError(f"{folder}: no PEFT folder in it, and {members[0].problem}")
+    return members
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -308,31 +308,6 @@ class ViT(nn.Module):
                 module.to(dtype)
         return other
 
-    def resized(self, side: int) -> ViT:
-        """The same backbone for images of another side: positions interpolated, all else shared.
-
-        Args:
-            side: pixels, a multiple of the patch size.
-
-        Raises:
-            ValueError: it is no such multiple.
-
-        """
-        config = replace(self.config, image_size=side)
-        prefix, grid = self.pos_embed.split((config.prefix_tokens, self.config.patches))
-        grid = grid.float().view(1, self.config.grid, self.config.grid, -1).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(
-            grid, size=(config.grid, config.grid), mode="bicubic", antialias=True
-        )
-        grid = grid.permute(0, 2, 3, 1).flatten(0, 2).to(prefix)
-        other = copy.copy(self)
-        other.config = config
-        other._parameters = dict(self._parameters)
-        other._parameters["pos_embed"] = nn.Parameter(
-            torch.cat((prefix, grid)), requires_grad=False
-        )
-        return other
-
     # ------------------------------------------------------------------ images
 
     def transform(self, images: Image.Image | list[Image.Image]) -> Tensor:

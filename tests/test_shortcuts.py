@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
-from timm.layers import resample_abs_pos_embed
 
 from fastrecycle import inversion
 from fastrecycle.config import InversionConfig
@@ -184,19 +183,6 @@ def test_dropping_takes_the_gradient_of_the_backbone_alone():
 
 
 # ------------------------------------------------------------------ coarse to fine
-
-
-def test_resized_backbone_is_the_same_with_positions_as_timm_resizes_them():
-    vit = toys.vit()
-    small = vit.resized(8)
-    assert small.config == replace(vit.config, image_size=8)
-    expected = resample_abs_pos_embed(vit.pos_embed[None], (2, 2), (4, 4), num_prefix_tokens=1)
-    torch.testing.assert_close(small.pos_embed, expected[0])
-    assert small.blocks[0].qkv.weight is vit.blocks[0].qkv.weight
-    assert small(torch.zeros(1, 3, 8, 8)).shape == (1, 16)
-    assert torch.equal(vit.resized(16)(torch.ones(1, 3, 16, 16)), vit(torch.ones(1, 3, 16, 16)))
-    with pytest.raises(ValueError, match="multiple of patch_size 4, got 6"):
-        vit.resized(6)
 
 
 def test_coarse_start_then_full_size_with_a_fresh_optimiser():
