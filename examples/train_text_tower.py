@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fastrecycle import ViT
 from fastrecycle.data import load_dataset
-from fastrecycle.eval import Pixels, Result, decode, embed, evaluate_zero_shot
+from fastrecycle.eval import Result, decode, embed, embed_episodes, score_zero_shot
 from fastrecycle.text import TextConfig, TextNetwork, TextTower, spoken, text_tokenizer
 
 HALF = (0.5, 0.5, 0.5)
@@ -160,12 +160,6 @@ def with_projection(vit: ViT, weight: Tensor) -> ViT:
     return made.requires_grad_(False)
 
 
-def exchanged(pixels: Pixels, seed: int) -> Pixels:
-    """The same images, their classes' names dealt out anew."""
-    order = np.random.default_rng(seed).permutation(len(pixels.class_names))
-    return replace(pixels, class_names=tuple(pixels.class_names[i] for i in order))
-
-
 def main(
     data_root: Path = DATA,
     out: Path = Path("runs/two_tower"),
@@ -223,20 +217,19 @@ def main(
     both = with_projection(vit, weight)
     both.save(out / "vit.safetensors")
     tower.save(out / "text")
-    results = {}
+    results, rng = {}, np.random.default_rng(seed)
     for name in unseen:
         pixels = decode(both, name, split, data_root)
-        shape = {"ways": ways, "queries": queries, "seed": seed, "precision": precision}
-        result = evaluate_zero_shot(both, None, tower, pixels, tasks=tasks, **shape)
+        features, drawn = embed_episodes(
+            both, None, pixels, shots=(1,), ways=ways, queries=queries, tasks=tasks, seed=seed,
+            precision=precision,
+        )  # fmt: skip
+        result = score_zero_shot(features, tower.classes(pixels.class_names), drawn[1])
         # one exchange may fall among related classes, so the control is the mean of many
+        deals = [rng.permutation(pixels.class_names).tolist() for _ in range(EXCHANGES)]
         control = Result.of(
             np.array(
-                [
-                    evaluate_zero_shot(
-                        both, None, tower, exchanged(pixels, i), tasks=tasks // EXCHANGES, **shape
-                    ).accuracy
-                    for i in range(EXCHANGES)
-                ]
+                [score_zero_shot(features, tower.classes(d), drawn[1]).accuracy for d in deals]
             )
         )
         results[name] = (result, control)
