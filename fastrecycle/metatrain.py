@@ -165,11 +165,11 @@ def meta_loss(
         loss and accuracy, scalars.
 
     """
-    support, query = features.split((config.shots, config.queries), dim=2)
     if text is not None:
-        unit = torch.nn.functional.normalize(query.flatten(1, 2).to(text.dtype), dim=-1)
+        unit = torch.nn.functional.normalize(features.flatten(1, 2).to(text.dtype), dim=-1)
         logits = unit @ text.transpose(1, 2)
     else:
+        support, query = features.split((config.shots, config.queries), dim=2)
         prototypes = class_means(support.flatten(1, 2), config.ways)
         logits = prototype_logits(prototypes, query.flatten(1, 2), config.distance)
     log_p = (logits / config.temperature).log_softmax(-1)
