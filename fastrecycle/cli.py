@@ -187,6 +187,20 @@ def _backbone(options: Any) -> tuple[Any, dict[str, str]]:
     return vit, network_input(source, vit)
 
 
+def _text(options: Any) -> tuple[Any, dict[str, Any]]:
+    """The text tower, and its line in the manifest; nothing where none is named."""
+    from fastrecycle.inputs import text_input
+    from fastrecycle.text import TextTower
+
+    told = options.text
+    if told.text is None:
+        if told.templates:
+            raise ValueError("templates: prompts are for a text tower, got none; give --text")
+        return None, {}
+    tower = TextTower.from_pretrained(told.text, told.templates)
+    return tower, {"text": text_input(told.text, tower)}
+
+
 def _packaged_alone(option: str, value: str, backbone: str) -> None:
     """Raise where the demo's LoRAs would meet another backbone, which shapes alone may not show."""
     if value in ("demo", "average:demo", "average-factors:demo") and backbone != "demo":
@@ -229,7 +243,7 @@ def _validation(options: Any, vit: Any) -> tuple[Any, dict[str, Any]]:
     root, meta = options.common.data_root, options.meta
     dataset = load_dataset(options.validation, "val", root)
     # raises now, not after hours, where its classes are too few or too small
-    episodes(dataset.labels, meta.ways, meta.shots, 15, 1, 0, class_names=dataset.class_names)
+    episodes(dataset.labels, meta.ways, meta.shots or 1, 15, 1, 0, class_names=dataset.class_names)
     with image_progress("validation images", _hidden(options.common)) as update:
         pixels = decode(vit, dataset, progress=update)
     return pixels, {"validation": dataset_input(options.validation, dataset, root)}
@@ -266,7 +280,13 @@ def _say_meta(recycler: Any, out: Path, options: Any) -> None:
     chosen = "" if score is None else f", {score:.2f} % on validation tasks"
     print(f"meta-LoRA: {out / 'meta_lora'} (step {result.best_step}{chosen})")
     backbone = options.backbone.backbone
-    print(f"next: fastrecycle eval --dataset NAME --backbone {backbone} --lora {out / 'meta_lora'}")
+    zero = ""
+    if recycler.meta.shots == 0:
+        zero = f" --shots 0 --text {options.text.text or 'TOWER'}"
+    print(
+        f"next: fastrecycle eval --dataset NAME --backbone {backbone} --lora {out / 'meta_lora'}"
+        f"{zero}"
+    )
 
 
 # ---------------------------------------------------------------------- commands
@@ -300,6 +320,7 @@ def _pretune(options: o.Pretune) -> int:
     precision = resolve_precision(options.common.precision, device)
     check_precision(precision, "reference", device)
     vit, backbone = _backbone(options)
+    text, tower = _text(options)
     root = options.common.data_root
     if not options.dataset:
         raise ValueError("dataset: expected a name or path, got none")
@@ -322,7 +343,7 @@ def _pretune(options: o.Pretune) -> int:
             "precision": precision,
         },
         "seed": options.seed,
-        "inputs": {"backbone": backbone, **sources},
+        "inputs": {"backbone": backbone, **sources, **tower},
     }
     folder = runs.RunFolder(out, manifest)
     # A group that was cut short trains again as a whole: who trains beside whom changes rounding.
@@ -358,9 +379,11 @@ def _pretune(options: o.Pretune) -> int:
                 on_step=on_step,
                 on_lora=lambda number, lora: lora.save(out / f"{number:04d}"),
                 done=done,
+                text=None if text is None else text.to(device),
             )
     print(f"bank: {out} ({config.num} LoRAs)")
-    print(f"next: fastrecycle recycle --backbone {options.backbone.backbone} --bank {out}")
+    zero = "" if text is None else " --meta.shots 0"
+    print(f"next: fastrecycle recycle --backbone {options.backbone.backbone} --bank {out}{zero}")
     return OK
 
 
@@ -368,8 +391,9 @@ def _invert(options: o.Invert) -> int:
     vit, backbone = _backbone(options)
     bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
-    inputs = {"backbone": backbone, "bank": loras, "prior": network}
-    recycler = _recycler(options, vit, bank, prior, inputs=inputs)
+    text, tower = _text(options)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network, **tower}
+    recycler = _recycler(options, vit, bank, prior, text=text, inputs=inputs)
     pool = recycler.invert(options.out)
     print(f"pool: {options.out} ({len(pool)} images of {len(pool.parts)} LoRAs)")
     print(
@@ -386,6 +410,8 @@ def _meta_train(options: o.MetaTrain) -> int:
     pool = SyntheticPool.load(options.pool)
     vit, backbone = _backbone(options)
     validation, extra = _validation(options, vit)
+    text, tower = _text(options)
+    extra |= tower
     inputs = {"backbone": backbone, "pool": pool_input(options.pool, pool), **extra}
     bank: Any = ()
     if options.bank is not None:
@@ -395,7 +421,7 @@ def _meta_train(options: o.MetaTrain) -> int:
             "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
             " give --bank FOLDER (the one it was inverted from), or --start zero"
         )
-    recycler = _recycler(options, vit, bank, None, validation=validation, inputs=inputs)
+    recycler = _recycler(options, vit, bank, None, validation=validation, text=text, inputs=inputs)
     lora = recycler.meta_train(pool, options.out)
     lora.save(options.out / "meta_lora")
     _save_backbone(recycler, options.out)
@@ -408,8 +434,9 @@ def _recycle(options: o.Recycle) -> int:
     bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
     validation, extra = _validation(options, vit)
-    inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra}
-    recycler = _recycler(options, vit, bank, prior, validation=validation, inputs=inputs)
+    text, tower = _text(options)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra, **tower}
+    recycler = _recycler(options, vit, bank, prior, validation=validation, text=text, inputs=inputs)
     recycler.run(options.out)
     _save_backbone(recycler, options.out)
     _say_meta(recycler, options.out, options)
@@ -430,6 +457,12 @@ def _eval(options: o.Eval) -> int:
     dataset = load_dataset(options.dataset, config.split, root, download=options.download)
     vit, backbone = _backbone(options)
     lora, inputs = _evaluated(options.lora, options.backbone.backbone, vit)
+    text, tower = _text(options)
+    if text is not None and 0 not in config.shots:
+        raise ValueError(
+            f"text: tasks with shots do not read it; add --shots 0, got {config.shots}"
+        )
+    inputs |= tower
     start = time.perf_counter()
     with image_progress("embedding", _hidden(options.common)) as update:
         shared: dict[str, Any] = {
@@ -447,7 +480,7 @@ def _eval(options: o.Eval) -> int:
         if config.protocol == "fixed":
             of_shots = evaluate_shots(
                 vit, lora, dataset, shots=config.shots, ways=config.ways, queries=config.queries,
-                **shared,
+                text=None if text is None else text.to(device), **shared,
             )  # fmt: skip
             results = [(f"{config.ways}-way {k}-shot", k, r) for k, r in of_shots.items()]
         else:
@@ -477,6 +510,8 @@ def _eval(options: o.Eval) -> int:
             "backbone": options.backbone.backbone,
             "backbone_config": list(options.backbone.backbone_config),
             "lora": options.lora,
+            "text": options.text.text,
+            "templates": None if text is None else list(text.templates),
             "device": str(device),
             "precision": precision,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastrecycle.data import ImageDataset
@@ -13,6 +14,7 @@ from fastrecycle.data.stores import ARCHIVE_SUFFIXES
 from fastrecycle.files import sha256, tensors_sha256
 from fastrecycle.lora import LoRA
 from fastrecycle.pool import SyntheticPool
+from fastrecycle.text import TextTower
 
 Input = dict[str, str]
 
@@ -25,6 +27,13 @@ def network_input(source: str | Path, network: nn.Module) -> Input:
     return {"source": str(source), "sha256": tensors_sha256(sorted(tensors.items()))}
 
 
+def text_input(source: str | Path, text: TextTower) -> Input:
+    """A text tower: of its tensors and templates."""
+    tensors = dict(text.named_parameters()) | dict(text.named_buffers())
+    told = [(f"templates {text.templates}", torch.zeros(0))]
+    return {"source": str(source), "sha256": tensors_sha256([*sorted(tensors.items()), *told])}
+
+
 def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
     """A LoRA or a bank: of factors, scales, heads and class names, in order."""
 
@@ -34,7 +43,8 @@ def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
             yield from ((f"{i} {t} b", x) for t, x in sorted(lora.b.items()))
             yield from ((f"{i} {t} scale", x) for t, x in sorted(lora.scale.items()))
             if lora.head is not None:
-                yield f"{i} head {lora.class_names}", lora.head.weight
+                reads = " normalised" if lora.head.normalised else ""
+                yield f"{i} head {lora.class_names}{reads}", lora.head.weight
                 if lora.head.bias is not None:
                     yield f"{i} bias", lora.head.bias
 
@@ -49,6 +59,8 @@ def pool_input(source: str | Path, pool: SyntheticPool) -> Input:
             yield f"{part.task} {part.survivors} {part.class_names}", part.images
             for name in ("labels", "order", "teacher_logits"):
                 yield name, getattr(part, name)
+            if part.text is not None:
+                yield "text", part.text
 
     return {"source": str(source), "sha256": tensors_sha256(named())}
 

@@ -57,8 +57,11 @@ def data_loss(
     impl: Impl = "reference",
     side: torch.cuda.Stream | None = None,
     natural: Tensor | None = None,
+    normalised: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
+
+    Under heads of class texts the cross-entropy is the contrastive loss (Sec. 5, zero-shot).
 
     Args:
         vit: the frozen backbone.
@@ -75,6 +78,7 @@ def data_loss(
         side: where the prior runs beside the backbone, forward and backward; None: after it.
         natural: (G m, 3, S, S), the images in the normalisation of a `ResNetPrior`, as
             `ops.jitter_pixels` makes them; None: they are made of `images` here.
+        normalised: see `Head`.
 
     Returns:
         loss, CE and R_BN of each task, each (G,) float32. A task's loss depends on its own images
@@ -99,6 +103,8 @@ def data_loss(
         features = vit(seen, stack, prune=config.prune if pruned else None, impl=impl)
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if normalised:
+        features = nn.functional.normalize(features, dim=-1)
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
     target = labels.expand(tasks, -1)
     ce = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
@@ -233,6 +239,7 @@ class InversionGroup:
         if 0 < config.resolution[0] < side:
             self.shrink = shrink_table(side, *config.resolution).to(device=device, dtype=dtype)
         self.stack = LoRAStack.of(loras).to(device=device, dtype=dtype)
+        self.normalised = heads[0].normalised
         self.heads = torch.stack([h.weight for h in heads]).to(device=device, dtype=dtype)
         self.biases = torch.stack(
             [h.weight.new_zeros(h.classes) if h.bias is None else h.bias for h in heads]
@@ -295,7 +302,7 @@ class InversionGroup:
             leaf.requires_grad_()
         losses = self._loss(
             self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
-            config, pruned, self.precision, None, self.impl, self.side, natural,
+            config, pruned, self.precision, None, self.impl, self.side, natural, self.normalised,
         )  # fmt: skip
         d_seen, *d_natural = torch.autograd.grad(losses[0].sum(), leaves)
         settings = self.optimiser.param_groups[0]
@@ -318,7 +325,8 @@ class InversionGroup:
             shrink = self.shrink.index_select(0, _at(self.jitter.resolution, self.clock))
         losses = self._loss(
             self.backbone, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
-            self.config, pruned, self.precision, shrink, self.impl, self.side,
+            self.config, pruned, self.precision, shrink, self.impl, self.side, None,
+            self.normalised,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(losses[0].sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
@@ -364,6 +372,7 @@ class InversionGroup:
         for g, (lora, task) in enumerate(zip(self.loras, self.tasks, strict=True)):
             pixels = (self.vit.pixels(self.images[g]) * 255).round().clamp(0, 255).byte()
             own = lora.to(self.images.device)
+            head = own.require_head()
             order, logits, survivors = [], [], self.vit.config.patches
             for batch in pixels.split(batch_size):
                 images = self.vit.normalise(batch.float() / 255)
@@ -375,7 +384,7 @@ class InversionGroup:
                     survivors = pruned.kept.shape[1]
                     importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
                 order.append(importance.sort(dim=1, descending=True, stable=True).indices)
-                logits.append(own.require_head()(whole.features.float()))
+                logits.append(head(whole.features.float()))
             results.append(
                 TaskImages(
                     task=task,
@@ -386,6 +395,7 @@ class InversionGroup:
                     teacher_logits=torch.cat(logits).cpu(),
                     class_names=lora.class_names,
                     name=lora.name,
+                    text=head.weight.float().cpu() if head.normalised else None,
                 )
             )
         return results
@@ -453,21 +463,33 @@ def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) ->
                 " (Eq. 1), got none; add head.safetensors (weight (classes, features), bias) to its"
                 " folder or save it with modules_to_save"
             )
+        if lora.head.normalised and lora.head.bias is not None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: a head of class texts (normalised) has no bias, got"
+                f" one of shape {tuple(lora.head.bias.shape)}"
+            )
     ways = {lora.head.classes for lora in loras if lora.head is not None}
     if len(ways) > 1:
         raise ValueError(f"inversion group: heads of one size expected, got {sorted(ways)} classes")
+    if len({lora.head.normalised for lora in loras if lora.head is not None}) > 1:
+        raise ValueError(
+            "inversion group: heads of one kind expected, got linear ones beside class texts"
+            " (normalised)"
+        )
 
 
 def groups(bank: Sequence[LoRA], size: int) -> Iterator[list[int]]:
-    """Indices of LoRAs to invert together: consecutive ones with equally many classes.
+    """Indices of LoRAs to invert together: consecutive ones with heads of one size and kind.
 
     Of the sizes from `size` down to its half, the largest that leaves no smaller rest is taken: a
     group of another shape costs more to compile than it saves.
     """
-    by_ways: dict[int, list[int]] = {}
+    by_head: dict[tuple[int, bool], list[int]] = {}
     for i, lora in enumerate(bank):
-        by_ways.setdefault(lora.head.classes if lora.head is not None else 0, []).append(i)
-    for indices in by_ways.values():
+        head = lora.head
+        kind = (0, False) if head is None else (head.classes, head.normalised)
+        by_head.setdefault(kind, []).append(i)
+    for indices in by_head.values():
         even = [n for n in range(size, (size - 1) // 2, -1) if len(indices) % n == 0]
         step = even[0] if even else size
         for start in range(0, len(indices), step):

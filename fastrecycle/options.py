@@ -85,6 +85,17 @@ class Backbone:
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text tower of a two-tower model, whose image tower is the backbone."""
+
+    # A folder with text.json and text.safetensors, or open_clip:MODEL/PRETRAINED: classes are then
+    # told apart by the texts of their names (0 shots, Table 12).
+    text: str | None = None
+    # Prompts with {} for the class name, in the place of the tower's own.
+    templates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prior:
     """The network with BatchNorm whose statistics natural images have."""
 
@@ -115,6 +126,7 @@ class Pretune:
 
     common: OmitArgPrefixes[Common]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     pretune: OmitArgPrefixes[PretuneConfig]
     # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv. Several take turns, LoRA
     # by LoRA, and class names then begin with their set's.
@@ -136,6 +148,7 @@ class Invert:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     prior: OmitArgPrefixes[Prior]
     inversion: OmitArgPrefixes[InversionConfig]
     # demo (packaged), or a folder of PEFT folders.
@@ -153,6 +166,7 @@ class MetaTrain:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     meta: OmitArgPrefixes[MetaConfig]
     # Folder that `fastrecycle invert` wrote.
     pool: Path
@@ -174,6 +188,7 @@ class Recycle:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     prior: OmitArgPrefixes[Prior]
     inversion: InversionConfig
     meta: MetaConfig
@@ -193,6 +208,7 @@ class Eval:
 
     common: OmitArgPrefixes[Common]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     eval: OmitArgPrefixes[EvalConfig]
     # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
     dataset: str

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class TaskImages:
     teacher_logits: Tensor  # (m, classes) float32, of the LoRA's own network on these images
     class_names: tuple[str, ...] | None = None
     name: str | None = None
+    # (classes, features) float32: the LoRA's head, where that is its class texts (scale included)
+    text: Tensor | None = None
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -43,6 +46,8 @@ class TaskImages:
             "order": self.order.to(torch.int32),
             "teacher_logits": self.teacher_logits,
         }
+        if self.text is not None:
+            tensors["text"] = self.text
         save_safetensors(path, tensors, {"fastrecycle.task": json.dumps(meta)})
 
     @staticmethod
@@ -68,6 +73,7 @@ class TaskImages:
             teacher_logits=tensors["teacher_logits"],
             class_names=tuple(names) if names else None,
             name=meta["name"],
+            text=tensors.get("text"),
         )
 
 
@@ -85,6 +91,9 @@ class SyntheticPool:
         classes: (M,) int64: which class an image shows, over all LoRAs. By name where the bank has
             names; otherwise every LoRA's labels are classes of their own.
         class_names: a name for each value of `classes`.
+        text: (rows, features) float32, the class texts of all LoRAs one after the other, scale
+            included; None where a LoRA has another head.
+        text_rows: (M,) int64, the row of `text` of each image's class.
 
     """
 
@@ -114,6 +123,10 @@ class SyntheticPool:
                 for p in parts
             ]
         )
+        offsets = np.cumsum([0, *(p.teacher_logits.shape[1] for p in parts)])[:-1]
+        self.text_rows = self.labels + torch.from_numpy(offsets)[self.tasks]
+        texts = [p.text for p in parts if p.text is not None]
+        self.text = torch.cat(texts) if len(texts) == len(parts) else None
         self.has_names = all(p.class_names is not None for p in parts)
         ids: dict[str, int] = {}
         classes = []

@@ -13,13 +13,14 @@ from torch import nn
 from fastrecycle import run as runs
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
-from fastrecycle.inputs import loras_input, network_input, pool_input
+from fastrecycle.inputs import loras_input, network_input, pool_input, text_input
 from fastrecycle.inversion import check_inversion, groups, invert
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
 from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.prior import load_prior
+from fastrecycle.text import TextTower, text_heads
 from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,9 @@ class MetaLoRARecycler:
         seed: of everything drawn.
         validation: a data set for choosing the step that is returned, never test data; None returns
             the last.
+        text: the text tower of a two-tower model whose image tower is `vit`: the LoRAs' heads are
+            then the texts of their class names, whatever heads they have, and validation may be
+            0-shot (`meta.shots`; Table 12).
         inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
 
@@ -95,6 +99,7 @@ class MetaLoRARecycler:
         precision: Precision = "auto",
         seed: int = 0,
         validation: Any = None,
+        text: TextTower | None = None,
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ):
@@ -102,7 +107,11 @@ class MetaLoRARecycler:
         self.precision = resolve_precision(precision, self.device)
         self.inversion = inversion or InversionConfig()
         self.meta = meta or MetaConfig()
+        if text is not None and len(bank):
+            bank = text_heads(bank, text)
         self.bank: Sequence[LoRA] = LoRABank(bank).fit(vit.config) if len(bank) else ()
+        if self.meta.shots == 0 and validation is not None and text is None:
+            raise ValueError("text: 0-shot validation needs a text tower, got none; give text=...")
         rank = max([self.meta.rank, *(a.shape[1] for x in self.bank for a in x.a.values())])
         self.backend = resolve_backend(
             backend, self.device, self.precision,
@@ -115,6 +124,7 @@ class MetaLoRARecycler:
         self.prior = None if network is None else network.to(self.device)
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__
         self.vit = vit.to(self.device)
+        self.text = None if text is None else text.to(self.device)
         self.seed, self.validation, self.quiet = seed, validation, quiet
         self.inputs = dict(inputs or {})
         self.pool: SyntheticPool | None = None
@@ -129,6 +139,8 @@ class MetaLoRARecycler:
             inputs["backbone"] = network_input("vit", self.vit)
         if "bank" not in inputs and len(self.bank):
             inputs["bank"] = loras_input("bank", self.bank)
+        if self.text is not None and "text" not in inputs:
+            inputs["text"] = text_input("text", self.text)
         if "prior" not in inputs and self.prior is not None:
             inputs["prior"] = network_input(str(self.prior_name), self.prior)
         return {
@@ -230,7 +242,7 @@ class MetaLoRARecycler:
         """Accuracy on 200 validation tasks, in percent."""
         return evaluate(
             vit, lora, self.validation, ways=self.meta.ways, shots=self.meta.shots, tasks=200,
-            split="val", seed=self.seed, precision=self.precision,
+            split="val", seed=self.seed, precision=self.precision, text=self.text,
         ).accuracy  # fmt: skip
 
     def run(self, out_dir: str | Path) -> LoRA:

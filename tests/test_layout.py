@@ -28,7 +28,7 @@ DOORS = {
 }  # fmt: skip
 STAGES = {
     "invert", "InversionGroup", "meta_train", "MetaTrainer", "pretune", "evaluate",
-    "evaluate_shots", "MetaLoRARecycler",
+    "evaluate_shots", "evaluate_zero_shot", "MetaLoRARecycler",
 }  # fmt: skip
 WIRING = {"__init__", "recycler", "cli", "demo"}
 
