@@ -233,7 +233,7 @@ class Report:
     # Banks, pools, meta-LoRAs and scores of the paper's tables, shared by all of them; unset means
     # runs/tables.
     store: Path | None = None
-    # How much a table runs: small takes minutes on a GPU (30 LoRAs, 300 iterations, 400 steps),
+    # How much a table runs: small takes minutes on a GPU (20 LoRAs, 300 iterations, 400 steps),
     # paper what the paper ran (100, 2000, 60000), smoke seconds on toys.
     scale: Literal["smoke", "small", "paper"] = "small"
     # Toy networks and images on the CPU, in seconds: --scale smoke, in runs/tables-smoke.

@@ -244,6 +244,11 @@ def test_tex_escapes():
 # ------------------------------------------------------------------ real sets
 
 
+@pytest.fixture(scope="module")
+def here(data_root):
+    return tables.World({"main": "demo"}, None, tables.Registered(data_root), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("table", "dataset", "sources"),
     [
@@ -256,8 +261,7 @@ def test_tex_escapes():
         ("table11", "digits", ("cifar_fs", "tiny_imagenet")),
     ],
 )
-def test_real_sets_have_the_tasks_of_a_table(table, dataset, sources, data_root):
-    here = tables.World({"main": "demo"}, None, tables.Registered(data_root), device="cpu")
+def test_real_sets_have_the_tasks_of_a_table(table, dataset, sources, here):
     (domain,) = (d for d in tables.TABLES[table].domains if d.dataset == dataset)
     assert here.sources(domain) == sources
     needed = [(dataset, "test"), *((name, "val") for name in sources)]

@@ -65,8 +65,8 @@ SCALES: dict[str, Scale] = {
         backbone_rates=(1e-3, 1e-4), search_steps=2, most_steps=1,
     ),
     "small": Scale(
-        PretuneConfig(num=30),
-        InversionConfig(images_per_class=10, iterations=300, group=12),
+        PretuneConfig(num=20),  # as many as LoRAHub's authors weigh, and Table 7's few
+        InversionConfig(images_per_class=10, iterations=300, group=10),
         _SMALL_META,
         CAMLConfig(steps=1000),
         replace(PMF_META, steps=400, tasks=4),
