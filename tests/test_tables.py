@@ -227,6 +227,7 @@ def test_mean_over_data_sets_is_task_by_task(store):
         (["table12"], "table12: zero-shot classification needs text embeddings"),
         (["table2", "--smoke", "--datasets", "cubs"], "datasets: table2 has cifar_fs"),
         (["table13", "--backbones", "DeiT-B"], "backbones: expected LABEL=SOURCE, each label once"),
+        (["table7", "--precision", "fp8"], 'precision: tables run in "fp32" or "bf16"'),
         (["table7", "--render"], "no plan of table7 at scale small to render"),
     ],
 )

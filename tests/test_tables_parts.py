@@ -1,5 +1,7 @@
 """The paper's figures, claims, keys and pages of a table, without running one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ from fastrecycle.tables import recipes
 from fastrecycle.tables.layout import BEST, Claim, Context, Domain, published
 from fastrecycle.tables.recipes import RECYCLE, Bank, Pool
 from fastrecycle.tables.render import tex
+from fastrecycle.tables.toys import CONFIG
 from fastrecycle.tables.verdicts import verdict
+from fastrecycle.vit import ViT
 from fastrecycle.vit_config import ViTConfig
 
 PAPER = published()
@@ -147,6 +151,17 @@ def test_without_alpha_the_prior_is_no_part_of_a_key():
             for prior in ("one", "other")
         }
         assert (len(keys) == 1) == same
+
+
+def test_what_was_told_beside_the_weights_is_part_of_a_key():
+    vit = ViT.random(CONFIG)
+    other = ViT(replace(CONFIG, mean=(0.4, 0.4, 0.4)))
+    other.load_state_dict(vit.state_dict())
+    worlds = [
+        tables.World({"main": each}, None, Some(), device="cpu") for each in (vit, vit, other)
+    ]
+    same, again, changed = (each.read("backbone", "main") for each in worlds)
+    assert same == again != changed
 
 
 # ------------------------------------------------------------------ sources

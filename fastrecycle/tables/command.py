@@ -80,7 +80,11 @@ def _command(options: Report, scale: str) -> str:
         words += ["--backbone", _name(options.backbone.backbone)]
         if options.backbone.backbone_config:
             words += ["--backbone-config", *options.backbone.backbone_config]
-        words += ["--prior", _name(options.prior.prior), "--seed", str(options.training.seed)]
+        words += ["--prior", _name(options.prior.prior)]
+        for name in ("prior_stride_in", "prior_eps"):
+            value = getattr(options.prior, name)
+            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        words += ["--seed", str(options.training.seed)]
     if options.datasets:
         words += ["--datasets", *options.datasets]
     if options.backbones:

@@ -186,7 +186,8 @@ def facts(filled: Filled) -> list[list[str]]:
         digest = str(given.get("sha256", ""))[:12]
         source = str(given["source"])
         name = Path(source).name if Path(source).suffix else source  # of a file without its folder
-        return f"`{name}` (SHA-256 {digest}...)" if digest != "none" else source
+        beside = "".join(f", {k} {v}" for k, v in given.items() if k not in ("source", "sha256"))
+        return f"`{name}` (SHA-256 {digest}...){beside}" if digest != "none" else source
 
     banks = "; ".join(f"{d['dataset']}: {', '.join(d['sources'])}" for d in plan["domains"])
     used = [r for c in plan["cells"] if (r := filled.records.get(c.get("key"))) is not None]

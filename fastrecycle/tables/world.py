@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from fastrecycle.inputs import Input, dataset_input, network_input
 from fastrecycle.ops import Backend, Resolved, kernels_suit, resolve_backend
 from fastrecycle.prior import load_prior
 from fastrecycle.recycler import resolve_device, resolve_precision
+from fastrecycle.run import settings
 from fastrecycle.tables.layout import MAIN, STAND_INS, Domain
 from fastrecycle.vit import ViT
 
@@ -60,6 +62,9 @@ class World:
         backbone_config: of the main backbone, see `ViT.from_pretrained`.
         prior_options: see `load_prior`.
 
+    Raises:
+        ValueError: no such device or precision, or "fp8", which banks and baselines cannot take.
+
     """
 
     backbones: Mapping[str, str | ViT]
@@ -75,6 +80,11 @@ class World:
     def __post_init__(self) -> None:
         self.where = resolve_device(self.device)
         self.arithmetic = resolve_precision(self.precision, self.where)
+        if self.arithmetic == "fp8":
+            raise ValueError(
+                'precision: tables run in "fp32" or "bf16", as their banks and baselines train in'
+                ' no other, got "fp8"'
+            )
         self._vits: dict[str, tuple[ViT, Input]] = {}
         self._splits: dict[tuple[str, str], ImageDataset | Exception] = {}
         self._hashes: dict[tuple[str, str], str] = {}
@@ -181,8 +191,19 @@ class World:
         return tuple(found)
 
     def read(self, kind: str, name: str) -> str:
-        """SHA-256 of an input; see `fastrecycle.tables.recipes.plain`."""
-        return self.told(kind, name)["sha256"]
+        """What an input is known by; see `fastrecycle.tables.recipes.plain`.
+
+        The SHA-256 of its content, and what was told beside the file: pixel statistics and shape of
+        a backbone, strides and epsilon of a prior.
+        """
+        told = self.told(kind, name)
+        if kind == "backbone":
+            beside = settings(self.vit(name).config)
+        elif kind == "prior":
+            beside = {k: v for k, v in told.items() if k not in ("source", "sha256")}
+        else:
+            return told["sha256"]
+        return f"{told['sha256']} {json.dumps(beside, sort_keys=True)}"
 
     def told(self, kind: str, name: str) -> Input:
         """Source and SHA-256 of an input."""
