@@ -99,7 +99,7 @@ def _run(name: str, words: list[str], prog: str) -> int:
     out: Path | None = None
     try:
         options: Any = o.parse(command.options, words, prog=prog, description=command.description)
-        out = getattr(options, "out", None)
+        out = getattr(options, "store", None) or getattr(options, "out", None)
         with _messages(options.common.quiet):
             return command.run(options)
     except SystemExit as stop:  # tyro: help, or an option that it refuses
@@ -554,13 +554,18 @@ def _report(options: o.Report) -> int:
     from fastrecycle.bench_report import TABLES, write_benchmarks, write_table
     from fastrecycle.report import write_report
 
-    out = options.out or options.results
-    if options.what == "benchmarks":
+    out, what = options.out or options.results, options.what
+    by_hand = options.runs or (options.store is None and not options.smoke)
+    if what == "benchmarks":
         written = write_benchmarks(options.results, out)
-    elif options.what in TABLES:
-        written = write_table(options.what, options.results, options.runs, out, options.dataset)
+    elif what in TABLES and by_hand:
+        written = write_table(what, options.results, options.runs, out, options.dataset)
+    elif what in ("sensitivity", "gains") or (what.startswith("table") and not Path(what).is_dir()):
+        from fastrecycle.tables.command import report_table
+
+        written = report_table(options)
     else:
-        written = write_report(options.what)
+        written = write_report(what)
     for path in written:
         print(path)
     return OK
@@ -659,10 +664,10 @@ COMMANDS: dict[str, Command] = {
         o.Report,
         _report,
         "Draw a run's curves and synthetic images and list its settings and results; or the"
-        " benchmarks' tables and plots (benchmarks, table4, table5).",
-        "fastrecycle report runs/recycle",
-        "report.md, curves.png and synthetic.png in the run's folder; benchmarks.md and plots, or"
-        " table4.md, table5.md, beside the records.",
+        " benchmarks' tables and plots (benchmarks); or run and write a table of the paper.",
+        "fastrecycle report table2 --scale small --store runs/tables",
+        "report.md, curves.png and synthetic.png in the run's folder; benchmarks.md and plots"
+        " beside the records; TABLE.md, .csv and .tex in STORE/tables.",
     ),
     "info": Command(
         o.Info,

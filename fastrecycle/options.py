@@ -227,19 +227,41 @@ class Eval:
 
 @dataclass(frozen=True)
 class Report:
-    """Pictures and tables of a run, or of the benchmarks."""
+    """Pictures and tables of a run, of the benchmarks, or of the paper's experiments."""
 
     common: OmitArgPrefixes[Common]
-    # Folder of the run; or benchmarks: all records; or table4, table5: speed beside accuracy.
+    training: OmitArgPrefixes[Training]
+    backbone: OmitArgPrefixes[Backbone]
+    prior: OmitArgPrefixes[Prior]
+    # Folder of a run; benchmarks: all records; table1 to table14 (without 12): a table of the
+    # paper; sensitivity: App. C's sweeps; gains: App. E's plot.
     what: Positional[str]
     # Folder of the benchmarks' records.
     results: Path = Path("benchmarks/results")
-    # For table4 and table5: folders of runs with evaluations in JSON, one for each setting.
+    # For table4 and table5 without --store or --smoke, speed beside the accuracies of runs made by
+    # hand: folders of runs with evaluations in JSON, one for each setting.
     runs: tuple[Path, ...] = ()
-    # For table4 and table5: data set whose evaluations to show.
+    # With --runs: data set whose evaluations to show.
     dataset: str = "cifar_fs"
-    # Where tables of benchmarks go; unset means beside the records. A run's stay in its folder.
+    # Where tables go; unset means beside the benchmarks' records, or for tables of the paper
+    # STORE/tables. A run's stay in its folder.
     out: Path | None = None
+    # Banks, pools, meta-LoRAs and scores of the paper's tables, shared by all of them; unset means
+    # runs/tables.
+    store: Path | None = None
+    # How much a table runs: small takes minutes on a GPU (20 LoRAs, 300 iterations, 400 steps),
+    # paper what the paper ran (100, 2000, 60000), smoke seconds on toys.
+    scale: Literal["smoke", "small", "paper"] = "small"
+    # Toy networks and images on the CPU, in seconds: --scale smoke, in runs/tables-smoke.
+    smoke: bool = False
+    # Data sets of the table to run; unset means all that are there.
+    datasets: tuple[str, ...] = ()
+    # Further backbones for table13, as LABEL=SOURCE.
+    backbones: tuple[str, ...] = ()
+    # Start no stage that would not end within so many minutes; unset means no limit.
+    minutes: float | None = None
+    # Run nothing: write the pages from the scores that the store has.
+    render: bool = False
 
 
 @dataclass(frozen=True)

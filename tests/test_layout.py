@@ -17,7 +17,7 @@ ORDER = [
     "conventions", "weights", "sources",
     "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
     "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
-    "info", "options", "demo", "cli",
+    "info", "options", "tables", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
@@ -30,7 +30,7 @@ STAGES = {
     "invert", "InversionGroup", "meta_train", "MetaTrainer", "pretune", "evaluate",
     "evaluate_shots", "evaluate_zero_shot", "MetaLoRARecycler",
 }  # fmt: skip
-WIRING = {"__init__", "recycler", "cli", "demo"}
+WIRING = {"__init__", "recycler", "tables", "cli", "demo"}
 
 
 def modules():
