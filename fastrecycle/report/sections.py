@@ -19,7 +19,7 @@ from fastrecycle.report.figures import SERIES, SPARSITIES, data_uri
 from fastrecycle.report.network import Networks, kept_maps, pool_features, project
 from fastrecycle.report.small_cnn import cnn_images
 from fastrecycle.report.tables import EVALUATION_HEAD, evaluation_rows, flat, last_values
-from fastrecycle.vit import flops
+from fastrecycle.vit_config import flops
 
 if TYPE_CHECKING:
     from fastrecycle.report.page import PageOptions
