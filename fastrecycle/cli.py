@@ -1,4 +1,4 @@
-"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info.
+"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info, serve.
 
 Options become the same dataclasses that the Python interface takes (`fastrecycle.options`); this
 file wires stages, prints results and turns exceptions into one line and an exit status.
@@ -28,6 +28,7 @@ from fastrecycle import run as runs
 OK, BROKEN, FAILED, INTERRUPTED = 0, 1, 2, 130
 
 Run = Callable[[Any], int]
+LiveRun = Callable[[Any, Any], int]
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,16 @@ def _hidden(common: o.Common) -> bool:
     return common.quiet or common.no_progress
 
 
-def _backbone(options: Any) -> tuple[Any, dict[str, str]]:
+def _backbone(options: Any) -> tuple[Any, dict[str, Any]]:
     """The backbone on the CPU, and its line in the manifest."""
     from fastrecycle.inputs import network_input
     from fastrecycle.vit import ViT
 
     source = options.backbone.backbone
-    vit = ViT.from_pretrained(source, o.backbone_config(options.backbone.backbone_config))
-    return vit, network_input(source, vit)
+    config = o.backbone_config(options.backbone.backbone_config)
+    vit = ViT.from_pretrained(source, config)
+    told = {} if config is None else {"config": config}  # a report builds it again
+    return vit, {**network_input(source, vit), **told}
 
 
 def _text(options: Any) -> tuple[Any, dict[str, Any]]:
@@ -265,6 +268,18 @@ def _recycler(options: Any, vit: Any, bank: Any, prior: Any, **more: Any) -> Any
         quiet=_hidden(options.common),
         **more,
     )
+
+
+def _live(run: LiveRun) -> Run:
+    """A command that also takes where --log sends metrics; absent libraries show before it runs."""
+
+    def command(options: Any) -> int:
+        from fastrecycle.live import live_curves
+
+        with live_curves(options.training.log, options.out) as on_metrics:
+            return run(options, on_metrics)
+
+    return command
 
 
 def _save_backbone(recycler: Any, out: Path) -> None:
@@ -387,13 +402,13 @@ def _pretune(options: o.Pretune) -> int:
     return OK
 
 
-def _invert(options: o.Invert) -> int:
+def _invert(options: o.Invert, on_metrics: Any) -> int:
     vit, backbone = _backbone(options)
     bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
     text, tower = _text(options)
     inputs = {"backbone": backbone, "bank": loras, "prior": network, **tower}
-    recycler = _recycler(options, vit, bank, prior, text=text, inputs=inputs)
+    recycler = _recycler(options, vit, bank, prior, text=text, inputs=inputs, on_metrics=on_metrics)
     pool = recycler.invert(options.out)
     print(f"pool: {options.out} ({len(pool)} images of {len(pool.parts)} LoRAs)")
     print(
@@ -403,7 +418,7 @@ def _invert(options: o.Invert) -> int:
     return OK
 
 
-def _meta_train(options: o.MetaTrain) -> int:
+def _meta_train(options: o.MetaTrain, on_metrics: Any) -> int:
     from fastrecycle.inputs import pool_input
     from fastrecycle.pool import SyntheticPool
 
@@ -421,7 +436,10 @@ def _meta_train(options: o.MetaTrain) -> int:
             "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
             " give --bank FOLDER (the one it was inverted from), or --start zero"
         )
-    recycler = _recycler(options, vit, bank, None, validation=validation, text=text, inputs=inputs)
+    recycler = _recycler(
+        options, vit, bank, None, validation=validation, text=text, inputs=inputs,
+        on_metrics=on_metrics,
+    )  # fmt: skip
     lora = recycler.meta_train(pool, options.out)
     lora.save(options.out / "meta_lora")
     _save_backbone(recycler, options.out)
@@ -429,14 +447,17 @@ def _meta_train(options: o.MetaTrain) -> int:
     return OK
 
 
-def _recycle(options: o.Recycle) -> int:
+def _recycle(options: o.Recycle, on_metrics: Any) -> int:
     vit, backbone = _backbone(options)
     bank, loras = _bank(options.bank, options.backbone.backbone, vit)
     prior, network = _network(options)
     validation, extra = _validation(options, vit)
     text, tower = _text(options)
     inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra, **tower}
-    recycler = _recycler(options, vit, bank, prior, validation=validation, text=text, inputs=inputs)
+    recycler = _recycler(
+        options, vit, bank, prior, validation=validation, text=text, inputs=inputs,
+        on_metrics=on_metrics,
+    )  # fmt: skip
     recycler.run(options.out)
     _save_backbone(recycler, options.out)
     _say_meta(recycler, options.out, options)
@@ -552,7 +573,6 @@ def _evaluated(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, Any
 
 def _report(options: o.Report) -> int:
     from fastrecycle.bench_report import TABLES, write_benchmarks, write_table
-    from fastrecycle.report import write_report
 
     out, what = options.out or options.results, options.what
     by_hand = options.runs or (options.store is None and not options.smoke)
@@ -565,7 +585,7 @@ def _report(options: o.Report) -> int:
 
         written = report_table(options)
     else:
-        written = write_report(what)
+        written = _report_run(options)
     for path in written:
         print(path)
     return OK
@@ -590,6 +610,45 @@ def _export(options: o.Export) -> int:
             tensors = export(vit, cast("Any", options.layout))
             save_safetensors(options.out, tensors, {"format": "pt"})
     print(options.out)
+    return OK
+
+
+def _report_run(options: o.Report) -> list[Path]:
+    """A run's report.md and report.html."""
+    from fastrecycle.recycler import resolve_device, resolve_precision
+    from fastrecycle.report import PageOptions, read_run, write_page, write_report
+
+    device = resolve_device(options.common.device)
+    page = PageOptions(
+        compare=options.compare,
+        small_cnn=options.small_cnn,
+        backbone=options.run_backbone,
+        bank=options.run_bank,
+        projection=options.projection,
+        device=str(device),
+        precision=resolve_precision(options.common.precision, device),
+    )
+    run = read_run(options.what)
+    say = logging.getLogger("fastrecycle.report").info
+    return [*write_report(run), write_page(run, page, say)]
+
+
+def _serve(options: o.Serve) -> int:
+    from fastrecycle.recycler import resolve_device, resolve_precision
+    from fastrecycle.serve import Limits, Service, check_gradio, open_page
+
+    check_gradio()
+    device = resolve_device(options.common.device)
+    vit, _ = _backbone(options)
+    lora, _ = _evaluated(options.meta_lora, options.backbone.backbone, vit)
+    limits = Limits(
+        file_bytes=options.file_mb * 10**6,
+        pixels=options.megapixels * 10**6,
+        pictures=options.pictures,
+    )
+    precision = resolve_precision(options.common.precision, device)
+    service = Service(vit.to(device), lora, limits, precision=precision)
+    open_page(service, options.host, options.port, say=print)
     return OK
 
 
@@ -625,7 +684,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "invert": Command(
         o.Invert,
-        _invert,
+        _live(_invert),
         "Synthesise images from a bank of LoRAs (step 1 of LoRA Recycle).",
         "fastrecycle invert --bank runs/bank --iterations 300 --prune 6:0.75 --out runs/pool",
         "task-*.safetensors (images, labels, kept patches, teacher logits), run.json and"
@@ -633,14 +692,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "meta-train": Command(
         o.MetaTrain,
-        _meta_train,
+        _live(_meta_train),
         "Meta-train one meta-LoRA on synthetic tasks (step 2 of LoRA Recycle).",
         "fastrecycle meta-train --pool runs/pool --bank runs/bank --out runs/meta",
         "meta_lora (a PEFT folder), run.json and metrics.jsonl in --out.",
     ),
     "recycle": Command(
         o.Recycle,
-        _recycle,
+        _live(_recycle),
         "Turn a bank of LoRAs into one meta-LoRA: invert, then meta-train.",
         "fastrecycle recycle --bank runs/bank --inversion.iterations 300 --out runs/recycle",
         "meta_lora (a PEFT folder), pool, meta, run.json and metrics.jsonl in --out.",
@@ -665,9 +724,10 @@ COMMANDS: dict[str, Command] = {
         _report,
         "Draw a run's curves and synthetic images and list its settings and results; or the"
         " benchmarks' tables and plots (benchmarks); or run and write a table of the paper.",
-        "fastrecycle report table2 --scale small --store runs/tables",
-        "report.md, curves.png and synthetic.png in the run's folder; benchmarks.md and plots"
-        " beside the records; TABLE.md, .csv and .tex in STORE/tables.",
+        "fastrecycle report runs/recycle",
+        "report.html, one page that needs nothing else, report.md, curves.png, synthetic.png and"
+        " gallery.png in the run's folder; benchmarks.md and plots beside the records; TABLE.md,"
+        " .csv and .tex in STORE/tables.",
     ),
     "info": Command(
         o.Info,
@@ -675,6 +735,13 @@ COMMANDS: dict[str, Command] = {
         "Describe a backbone, LoRA, bank, pool, run or data set, and check it.",
         "fastrecycle info runs/bank",
         "a description on stdout; exit status 1 where something is broken.",
+    ),
+    "serve": Command(
+        o.Serve,
+        _serve,
+        "Open a page on which a person shows a few labelled pictures and classifies others.",
+        "fastrecycle serve runs/recycle/meta_lora",
+        "a page at the address on stdout, until Ctrl-C; nothing is written.",
     ),
 }
 

@@ -71,6 +71,9 @@ class Training:
     backend: Backend = "auto"
     # Seed of everything drawn.
     seed: int = 0
+    # Live curves beside metrics.jsonl: tensorboard (extra "tensorboard"; its files are below --out)
+    # or wandb (extra "wandb").
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,38 @@ class Report:
     minutes: float | None = None
     # Run nothing: write the pages from the scores that the store has.
     render: bool = False
+    # Runs on the same LoRAs whose images to show beside the run's, such as one without the prior;
+    # unset takes one without the prior that lies beside the run's folder.
+    compare: tuple[Path, ...] = ()
+    # Also invert a small CNN, for comparison: demo (the packaged prior), or a ResNet's file.
+    small_cnn: str | None = None
+    # Where the run's backbone is now, if not where its manifest says.
+    run_backbone: str | None = None
+    # Where its bank is now, likewise.
+    run_bank: str | None = None
+    # How to draw the pool's features in the plane: tsne, or umap (extra "umap").
+    projection: Literal["tsne", "umap"] = "tsne"
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A page on which a person shows a few labelled pictures and classifies others."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    # A PEFT folder, demo (packaged, for the demo backbone), or none.
+    meta_lora: Positional[str]
+    # Address to listen on. The page has no password: any other than this lets everyone in who can
+    # reach it.
+    host: str = "127.0.0.1"
+    # Port to listen on.
+    port: int = 7860
+    # Largest picture file, in MB.
+    file_mb: int = 10
+    # Largest picture, in millions of pixels; a larger one is not decoded.
+    megapixels: int = 40
+    # Labelled pictures at a time, and pictures to classify at a time.
+    pictures: int = 50
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
 from fastrecycle.inputs import loras_input, network_input, pool_input, text_input
 from fastrecycle.inversion import check_inversion, groups, invert
+from fastrecycle.live import OnMetrics
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
 from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
@@ -78,6 +79,8 @@ class MetaLoRARecycler:
             0-shot (`meta.shots`; Table 12).
         inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
+        on_metrics: called with stage, step and values where metrics.jsonl gets a line (see
+            `fastrecycle.live`).
 
     Raises:
         ValueError: LoRAs that do not fit the backbone or have no head, settings out of range.
@@ -102,6 +105,7 @@ class MetaLoRARecycler:
         text: TextTower | None = None,
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        on_metrics: OnMetrics | None = None,
     ):
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
@@ -126,6 +130,7 @@ class MetaLoRARecycler:
         self.vit = vit.to(self.device)
         self.text = None if text is None else text.to(self.device)
         self.seed, self.validation, self.quiet = seed, validation, quiet
+        self.on_metrics = on_metrics
         self.inputs = dict(inputs or {})
         self.pool: SyntheticPool | None = None
         self.result: MetaResult | None = None
@@ -172,8 +177,7 @@ class MetaLoRARecycler:
 
             def on_step(done: int, values: dict[str, float]) -> None:
                 update(done, values)
-                if target is not None:
-                    target.metrics("invert", done, values)
+                self._record(target, "invert", done, values)
 
             parts = invert(
                 self.vit,
@@ -209,8 +213,7 @@ class MetaLoRARecycler:
 
             def on_step(done: int, values: dict[str, float]) -> None:
                 update(done, values)
-                if target is not None:
-                    target.metrics("meta-train", done, values)
+                self._record(target, "meta-train", done, values)
 
             self.result = meta_train(
                 self.vit,
@@ -226,6 +229,15 @@ class MetaLoRARecycler:
                 stop=stop,
             )
         return self.result.lora
+
+    def _record(
+        self, target: runs.RunFolder | None, stage: str, step: int, values: dict[str, float]
+    ) -> None:
+        """Values of a step, which most steps have none of, to wherever they go."""
+        if target is not None:
+            target.metrics(stage, step, values)
+        if values and self.on_metrics is not None:
+            self.on_metrics(stage, step, values)
 
     def _start(self) -> LoRA | None:
         """Where the meta-LoRA starts; None: from nothing."""

@@ -16,8 +16,8 @@ ORDER = [
     "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
     "conventions", "weights", "sources",
     "text", "prior", "pool", "inversion", "classifier", "metatrain", "data", "embedding_cache",
-    "eval", "baselines", "pretune", "inputs", "run", "recycler", "report", "bench_report",
-    "info", "options", "tables", "demo", "cli",
+    "eval", "baselines", "pretune", "inputs", "run", "live", "recycler", "report", "bench_report",
+    "serve", "info", "options", "tables", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
