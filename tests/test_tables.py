@@ -224,7 +224,7 @@ def test_mean_over_data_sets_is_task_by_task(store):
     ("words", "told"),
     [
         (["table99"], "table: expected one of table1, table2"),
-        (["table12"], "table12: zero-shot classification needs text embeddings"),
+        (["table12"], "table12: zero-shot classification has a script of its own"),
         (["table2", "--smoke", "--datasets", "cubs"], "datasets: table2 has cifar_fs"),
         (["table13", "--backbones", "DeiT-B"], "backbones: expected LABEL=SOURCE, each label once"),
         (["table7", "--precision", "fp8"], 'precision: tables run in "fp32" or "bf16"'),
