@@ -1,4 +1,4 @@
-"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info.
+"""The command line: demo, pretune, invert, meta-train, recycle, eval, export, report, info, serve.
 
 Options become the same dataclasses that the Python interface takes (`fastrecycle.options`); this
 file wires stages, prints results and turns exceptions into one line and an exit status.
@@ -28,6 +28,7 @@ from fastrecycle import run as runs
 OK, BROKEN, FAILED, INTERRUPTED = 0, 1, 2, 130
 
 Run = Callable[[Any], int]
+LiveRun = Callable[[Any, Any], int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _run(name: str, words: list[str], prog: str) -> int:
     out: Path | None = None
     try:
         options: Any = o.parse(command.options, words, prog=prog, description=command.description)
-        out = getattr(options, "out", None)
+        out = getattr(options, "store", None) or getattr(options, "out", None)
         with _messages(options.common.quiet):
             return command.run(options)
     except SystemExit as stop:  # tyro: help, or an option that it refuses
@@ -177,14 +178,30 @@ def _hidden(common: o.Common) -> bool:
     return common.quiet or common.no_progress
 
 
-def _backbone(options: Any) -> tuple[Any, dict[str, str]]:
+def _backbone(options: Any) -> tuple[Any, dict[str, Any]]:
     """The backbone on the CPU, and its line in the manifest."""
     from fastrecycle.inputs import network_input
     from fastrecycle.vit import ViT
 
     source = options.backbone.backbone
-    vit = ViT.from_pretrained(source, o.backbone_config(options.backbone.backbone_config))
-    return vit, network_input(source, vit)
+    config = o.backbone_config(options.backbone.backbone_config)
+    vit = ViT.from_pretrained(source, config)
+    told = {} if config is None else {"config": config}  # a report builds it again
+    return vit, {**network_input(source, vit), **told}
+
+
+def _text(options: Any) -> tuple[Any, dict[str, Any]]:
+    """The text tower, and its line in the manifest; nothing where none is named."""
+    from fastrecycle.inputs import text_input
+    from fastrecycle.text import TextTower
+
+    told = options.text
+    if told.text is None:
+        if told.templates:
+            raise ValueError("templates: prompts are for a text tower, got none; give --text")
+        return None, {}
+    tower = TextTower.from_pretrained(told.text, told.templates)
+    return tower, {"text": text_input(told.text, tower)}
 
 
 def _packaged_alone(option: str, value: str, backbone: str) -> None:
@@ -209,13 +226,15 @@ def _network(options: Any) -> tuple[Any, dict[str, Any]]:
     return network, {**network_input(prior.prior, network), **told}
 
 
-def _bank(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, Any]]:
+def _bank(options: Any, vit: Any) -> tuple[Any, dict[str, Any]]:
     """The LoRAs of a bank that can be used, and their line in the manifest."""
     from fastrecycle.inputs import loras_input
     from fastrecycle.vetting import vetted_bank
 
-    _packaged_alone("bank", source, backbone)
-    bank, left_out = vetted_bank(source, vit)
+    source = options.bank
+    _packaged_alone("bank", source, options.backbone.backbone)
+    # class texts take the place of whatever heads there are
+    bank, left_out = vetted_bank(source, vit, heads=options.text.text is None)
     said: dict[str, Any] = {**loras_input(source, bank)}
     if left_out:
         print(f"left out of {source}: {len(left_out)} LoRAs, {', '.join(left_out)}")
@@ -234,7 +253,7 @@ def _validation(options: Any, vit: Any) -> tuple[Any, dict[str, Any]]:
     root, meta = options.common.data_root, options.meta
     dataset = load_dataset(options.validation, "val", root)
     # raises now, not after hours, where its classes are too few or too small
-    episodes(dataset.labels, meta.ways, meta.shots, 15, 1, 0, class_names=dataset.class_names)
+    episodes(dataset.labels, meta.ways, meta.shots or 1, 15, 1, 0, class_names=dataset.class_names)
     with image_progress("validation images", _hidden(options.common)) as update:
         pixels = decode(vit, dataset, progress=update)
     return pixels, {"validation": dataset_input(options.validation, dataset, root)}
@@ -260,6 +279,18 @@ def _recycler(options: Any, vit: Any, bank: Any, prior: Any, **more: Any) -> Any
     )
 
 
+def _live(run: LiveRun) -> Run:
+    """A command that also takes where --log sends metrics; absent libraries show before it runs."""
+
+    def command(options: Any) -> int:
+        from fastrecycle.live import live_curves
+
+        with live_curves(options.training.log, options.out) as on_metrics:
+            return run(options, on_metrics)
+
+    return command
+
+
 def _save_backbone(recycler: Any, out: Path) -> None:
     """Where the backbone itself learned (--learn backbone), save that too."""
     if recycler.meta.learn == "backbone":
@@ -273,7 +304,13 @@ def _say_meta(recycler: Any, out: Path, options: Any) -> None:
     chosen = "" if score is None else f", {score:.2f} % on validation tasks"
     print(f"meta-LoRA: {out / 'meta_lora'} (step {result.best_step}{chosen})")
     backbone = options.backbone.backbone
-    print(f"next: fastrecycle eval --dataset NAME --backbone {backbone} --lora {out / 'meta_lora'}")
+    zero = ""
+    if recycler.meta.shots == 0:
+        zero = f" --shots 0 --text {options.text.text or 'TOWER'}"
+    print(
+        f"next: fastrecycle eval --dataset NAME --backbone {backbone} --lora {out / 'meta_lora'}"
+        f"{zero}"
+    )
 
 
 # ---------------------------------------------------------------------- commands
@@ -307,6 +344,7 @@ def _pretune(options: o.Pretune) -> int:
     precision = resolve_precision(options.common.precision, device)
     check_precision(precision, "reference", device)
     vit, backbone = _backbone(options)
+    text, tower = _text(options)
     root = options.common.data_root
     if not options.dataset:
         raise ValueError("dataset: expected a name or path, got none")
@@ -329,7 +367,7 @@ def _pretune(options: o.Pretune) -> int:
             "precision": precision,
         },
         "seed": options.seed,
-        "inputs": {"backbone": backbone, **sources},
+        "inputs": {"backbone": backbone, **sources, **tower},
     }
     folder = runs.RunFolder(out, manifest)
     # A group that was cut short trains again as a whole: who trains beside whom changes rounding.
@@ -365,18 +403,21 @@ def _pretune(options: o.Pretune) -> int:
                 on_step=on_step,
                 on_lora=lambda number, lora: lora.save(out / f"{number:04d}"),
                 done=done,
+                text=None if text is None else text.to(device),
             )
     print(f"bank: {out} ({config.num} LoRAs)")
-    print(f"next: fastrecycle recycle --backbone {options.backbone.backbone} --bank {out}")
+    zero = "" if text is None else " --meta.shots 0"
+    print(f"next: fastrecycle recycle --backbone {options.backbone.backbone} --bank {out}{zero}")
     return OK
 
 
-def _invert(options: o.Invert) -> int:
+def _invert(options: o.Invert, on_metrics: Any) -> int:
     vit, backbone = _backbone(options)
-    bank, loras = _bank(options.bank, options.backbone.backbone, vit)
+    bank, loras = _bank(options, vit)
     prior, network = _network(options)
-    inputs = {"backbone": backbone, "bank": loras, "prior": network}
-    recycler = _recycler(options, vit, bank, prior, inputs=inputs)
+    text, tower = _text(options)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network, **tower}
+    recycler = _recycler(options, vit, bank, prior, text=text, inputs=inputs, on_metrics=on_metrics)
     pool = recycler.invert(options.out)
     print(f"pool: {options.out} ({len(pool)} images of {len(pool.parts)} LoRAs)")
     print(
@@ -386,7 +427,7 @@ def _invert(options: o.Invert) -> int:
     return OK
 
 
-def _meta_train(options: o.MetaTrain) -> int:
+def _meta_train(options: o.MetaTrain, on_metrics: Any) -> int:
     from fastrecycle.inputs import pool_input
     from fastrecycle.parallel import torchrun_ranks
     from fastrecycle.pool import SyntheticPool
@@ -395,10 +436,12 @@ def _meta_train(options: o.MetaTrain) -> int:
     pool = SyntheticPool.load(options.pool)
     vit, backbone = _backbone(options)
     validation, extra = _validation(options, vit)
+    text, tower = _text(options)
+    extra |= tower
     inputs = {"backbone": backbone, "pool": pool_input(options.pool, pool), **extra}
     bank: Any = ()
     if options.bank is not None:
-        bank, inputs["bank"] = _bank(options.bank, options.backbone.backbone, vit)
+        bank, inputs["bank"] = _bank(options, vit)
     elif options.meta.start == "average" and options.meta.learn != "backbone":
         raise ValueError(
             "bank: the meta-LoRA starts from the average of the bank, which the pool does not hold;"
@@ -406,12 +449,12 @@ def _meta_train(options: o.MetaTrain) -> int:
         )
     if options.screen and options.bank is None:
         raise ValueError(
-            "screen: compares LoRAs too; give --bank FOLDER, the one that was inverted"
+            "screen: compares LoRAs, too; give --bank FOLDER, the one that was inverted"
         )
     with torchrun_ranks(resolve_device(options.common.device)) as (ranks, device):
         recycler = _recycler(
-            options, vit, bank, None, validation=validation, inputs=inputs, ranks=ranks,
-            device=device,
+            options, vit, bank, None, validation=validation, text=text, inputs=inputs,
+            on_metrics=on_metrics, ranks=ranks, device=device,
         )  # fmt: skip
         lora = recycler.meta_train(pool, options.out)
         if ranks.first:
@@ -421,13 +464,17 @@ def _meta_train(options: o.MetaTrain) -> int:
     return OK
 
 
-def _recycle(options: o.Recycle) -> int:
+def _recycle(options: o.Recycle, on_metrics: Any) -> int:
     vit, backbone = _backbone(options)
-    bank, loras = _bank(options.bank, options.backbone.backbone, vit)
+    bank, loras = _bank(options, vit)
     prior, network = _network(options)
     validation, extra = _validation(options, vit)
-    inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra}
-    recycler = _recycler(options, vit, bank, prior, validation=validation, inputs=inputs)
+    text, tower = _text(options)
+    inputs = {"backbone": backbone, "bank": loras, "prior": network, **extra, **tower}
+    recycler = _recycler(
+        options, vit, bank, prior, validation=validation, text=text, inputs=inputs,
+        on_metrics=on_metrics,
+    )  # fmt: skip
     recycler.run(options.out)
     _save_backbone(recycler, options.out)
     _say_meta(recycler, options.out, options)
@@ -448,6 +495,12 @@ def _eval(options: o.Eval) -> int:
     dataset = load_dataset(options.dataset, config.split, root, download=options.download)
     vit, backbone = _backbone(options)
     lora, inputs = _evaluated(options.lora, options.backbone.backbone, vit)
+    text, tower = _text(options)
+    if text is not None and 0 not in config.shots:
+        raise ValueError(
+            f"text: tasks with shots do not read it; add --shots 0, got {config.shots}"
+        )
+    inputs |= tower
     start = time.perf_counter()
     with image_progress("embedding", _hidden(options.common)) as update:
         shared: dict[str, Any] = {
@@ -465,7 +518,7 @@ def _eval(options: o.Eval) -> int:
         if config.protocol == "fixed":
             of_shots = evaluate_shots(
                 vit, lora, dataset, shots=config.shots, ways=config.ways, queries=config.queries,
-                **shared,
+                text=None if text is None else text.to(device), **shared,
             )  # fmt: skip
             results = [(f"{config.ways}-way {k}-shot", k, r) for k, r in of_shots.items()]
         else:
@@ -495,6 +548,8 @@ def _eval(options: o.Eval) -> int:
             "backbone": options.backbone.backbone,
             "backbone_config": list(options.backbone.backbone_config),
             "lora": options.lora,
+            "text": options.text.text,
+            "templates": None if text is None else list(text.templates),
             "device": str(device),
             "precision": precision,
         }
@@ -535,15 +590,19 @@ def _evaluated(source: str, backbone: str, vit: Any) -> tuple[Any, dict[str, Any
 
 def _report(options: o.Report) -> int:
     from fastrecycle.bench_report import TABLES, write_benchmarks, write_table
-    from fastrecycle.report import write_report
 
-    out = options.out or options.results
-    if options.what == "benchmarks":
+    out, what = options.out or options.results, options.what
+    by_hand = options.runs or (options.store is None and not options.smoke)
+    if what == "benchmarks":
         written = write_benchmarks(options.results, out)
-    elif options.what in TABLES:
-        written = write_table(options.what, options.results, options.runs, out, options.dataset)
+    elif what in TABLES and by_hand:
+        written = write_table(what, options.results, options.runs, out, options.dataset)
+    elif what in ("sensitivity", "gains") or (what.startswith("table") and not Path(what).is_dir()):
+        from fastrecycle.tables.command import report_table
+
+        written = report_table(options)
     else:
-        written = write_report(options.what)
+        written = _report_run(options)
     for path in written:
         print(path)
     return OK
@@ -568,6 +627,45 @@ def _export(options: o.Export) -> int:
             tensors = export(vit, cast("Any", options.layout))
             save_safetensors(options.out, tensors, {"format": "pt"})
     print(options.out)
+    return OK
+
+
+def _report_run(options: o.Report) -> list[Path]:
+    """A run's report.md and report.html."""
+    from fastrecycle.recycler import resolve_device, resolve_precision
+    from fastrecycle.report import PageOptions, read_run, write_page, write_report
+
+    device = resolve_device(options.common.device)
+    page = PageOptions(
+        compare=options.compare,
+        small_cnn=options.small_cnn,
+        backbone=options.run_backbone,
+        bank=options.run_bank,
+        projection=options.projection,
+        device=str(device),
+        precision=resolve_precision(options.common.precision, device),
+    )
+    run = read_run(options.what)
+    say = logging.getLogger("fastrecycle.report").info
+    return [*write_report(run), write_page(run, page, say)]
+
+
+def _serve(options: o.Serve) -> int:
+    from fastrecycle.recycler import resolve_device, resolve_precision
+    from fastrecycle.serve import Limits, Service, check_gradio, open_page
+
+    check_gradio()
+    device = resolve_device(options.common.device)
+    vit, _ = _backbone(options)
+    lora, _ = _evaluated(options.meta_lora, options.backbone.backbone, vit)
+    limits = Limits(
+        file_bytes=options.file_mb * 10**6,
+        pixels=options.megapixels * 10**6,
+        pictures=options.pictures,
+    )
+    precision = resolve_precision(options.common.precision, device)
+    service = Service(vit.to(device), lora, limits, precision=precision)
+    open_page(service, options.host, options.port, say=print)
     return OK
 
 
@@ -603,7 +701,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "invert": Command(
         o.Invert,
-        _invert,
+        _live(_invert),
         "Synthesise images from a bank of LoRAs (step 1 of LoRA Recycle).",
         "fastrecycle invert --bank runs/bank --iterations 300 --prune 6:0.75 --out runs/pool",
         "task-*.safetensors (images, labels, kept patches, teacher logits), run.json and"
@@ -611,14 +709,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "meta-train": Command(
         o.MetaTrain,
-        _meta_train,
+        _live(_meta_train),
         "Meta-train one meta-LoRA on synthetic tasks (step 2 of LoRA Recycle).",
         "fastrecycle meta-train --pool runs/pool --bank runs/bank --out runs/meta",
         "meta_lora (a PEFT folder), run.json and metrics.jsonl in --out.",
     ),
     "recycle": Command(
         o.Recycle,
-        _recycle,
+        _live(_recycle),
         "Turn a bank of LoRAs into one meta-LoRA: invert, then meta-train.",
         "fastrecycle recycle --bank runs/bank --inversion.iterations 300 --out runs/recycle",
         "meta_lora (a PEFT folder), pool, meta, run.json and metrics.jsonl in --out.",
@@ -642,10 +740,11 @@ COMMANDS: dict[str, Command] = {
         o.Report,
         _report,
         "Draw a run's curves and synthetic images and list its settings and results; or the"
-        " benchmarks' tables and plots (benchmarks, table4, table5).",
+        " benchmarks' tables and plots (benchmarks); or run and write a table of the paper.",
         "fastrecycle report runs/recycle",
-        "report.md, curves.png and synthetic.png in the run's folder; benchmarks.md and plots, or"
-        " table4.md, table5.md, beside the records.",
+        "report.html, one page that needs nothing else, report.md, curves.png, synthetic.png and"
+        " gallery.png in the run's folder; benchmarks.md and plots beside the records; TABLE.md,"
+        " .csv and .tex in STORE/tables.",
     ),
     "info": Command(
         o.Info,
@@ -653,6 +752,13 @@ COMMANDS: dict[str, Command] = {
         "Describe a backbone, LoRA, bank, pool, run or data set, and check it.",
         "fastrecycle info runs/bank",
         "a description on stdout; exit status 1 where something is broken.",
+    ),
+    "serve": Command(
+        o.Serve,
+        _serve,
+        "Open a page on which a person shows a few labelled pictures and classifies others.",
+        "fastrecycle serve runs/recycle/meta_lora",
+        "a page at the address on stdout, until Ctrl-C; nothing is written.",
     ),
 }
 

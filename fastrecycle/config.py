@@ -173,7 +173,8 @@ class MetaConfig:
     steps: int = 2000
     # Classes of each task.
     ways: int = 5
-    # Support images a class.
+    # Support images a class. 0 (Table 12): queries meet the class texts of a two-tower model in the
+    # place of class means; the bank was then inverted under such heads (--text).
     shots: int = 1
     # Query images a class.
     queries: int = 15
@@ -236,8 +237,9 @@ class MetaConfig:
     validate_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "shots", "queries", "tasks", "rank", "checkpoint_every"):
+        for name in ("steps", "queries", "tasks", "rank", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"{name}: must be >= 1, got {getattr(self, name)}")
+        _require(self.shots >= 0, f"shots: must be >= 0, got {self.shots}")
         _require(self.ways >= 2, f"ways: must be at least 2, got {self.ways}")
         _require(self.lr > 0, f"lr: must be positive, got {self.lr}")
         _require(self.temperature > 0, f"temperature: must be positive, got {self.temperature}")
@@ -317,7 +319,8 @@ class EvalConfig:
     protocol: Literal["fixed", "meta_dataset"] = "fixed"
     # Classes of each task.
     ways: int = 5
-    # Support images a class; several are evaluated one after the other.
+    # Support images a class; several are evaluated one after the other. 0 takes the classes' texts
+    # in the place of images (--text).
     shots: tuple[int, ...] = (1,)
     # Query images a class.
     queries: int = 15

@@ -31,6 +31,7 @@ from fastrecycle.data import (
 from fastrecycle.embedding_cache import EmbeddingCache
 from fastrecycle.lora import LoRA
 from fastrecycle.ops import Backend
+from fastrecycle.text import ClassEmbeddings, TextTower, check_width
 from fastrecycle.vit import ViT
 
 Progress = Callable[[int, int], None]
@@ -233,6 +234,31 @@ def score_predictions(
     return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
 
 
+def score_zero_shot(
+    features: Tensor, classes: ClassEmbeddings, tasks: Episodes, batch: int | None = None
+) -> Result:
+    """Accuracy on each task's queries of the classes' texts alone, its support left out.
+
+    Args:
+        features: (N, F).
+        classes: texts of all classes of the data set, in the order of its labels.
+        tasks: of image indices.
+        batch: tasks at once; see `score_episodes`.
+
+    """
+    batch = batch or (len(tasks) if features.is_cuda else 50)
+    truth = torch.from_numpy(tasks.query_ways).to(features.device)
+    texts = classes.embeddings.to(features)
+    per_task = []
+    for start in range(0, len(tasks), batch):
+        query = torch.from_numpy(tasks.query[start : start + batch]).to(features.device)
+        ways = torch.from_numpy(tasks.classes[start : start + batch]).to(features.device)
+        # neither the scale nor the image's norm changes which class is nearest
+        guess = (features[query] @ texts[ways].transpose(1, 2)).argmax(-1)
+        per_task.append((guess == truth).float().mean(1))
+    return Result.of(100 * torch.cat(per_task).double().cpu().numpy())
+
+
 def score_ragged(
     features: Tensor, tasks: RaggedEpisodes, distance: Distance = "euclidean"
 ) -> Result:
@@ -336,6 +362,7 @@ def evaluate(
     backend: Backend = "auto",
     progress: Progress | None = None,
     embedding_cache: str | Path | None = None,
+    text: TextTower | None = None,
 ) -> Result:
     """Accuracy of a meta-LoRA (None: plain nearest class centre) without fine-tuning.
 
@@ -348,7 +375,8 @@ def evaluate(
         lora: see above.
         dataset: a registered name, a folder, zip or tar of class folders, `(images, labels)`, or
             what `decode` returned.
-        ways, shots, queries, tasks: shape and number of the tasks.
+        ways, shots, queries, tasks: shape and number of the tasks. At 0 shots, which `text` is for,
+            the tasks are the 1-shot ones without their support, so that both can be paired.
         split: "train", "val" or "test".
         seed: of the task list.
         distance: "euclidean", "squared" or "cosine".
@@ -359,17 +387,38 @@ def evaluate(
         backend: "auto", "triton", "compile" or "reference": see `fastrecycle.ops`.
         progress: called with (images embedded, images in all).
         embedding_cache: folder of features from earlier calls; see `embed`.
+        text: the text tower of the two-tower model whose image tower is `vit`, for 0 shots.
 
     Raises:
         FileNotFoundError: no such data set; the text says what to put where.
-        ValueError: a LoRA of another backbone, or fewer classes or images than a task needs.
+        ValueError: a LoRA or text tower of another backbone, fewer classes or images than a task
+            needs, or, at 0 shots, no text tower or classes without names.
     """
     results = evaluate_shots(
         vit, lora, dataset, shots=(shots,), ways=ways, queries=queries, tasks=tasks, split=split,
         seed=seed, distance=distance, prune=prune, data_root=data_root, batch_size=batch_size,
         precision=precision, backend=backend, progress=progress, embedding_cache=embedding_cache,
+        text=text,
     )  # fmt: skip
     return results[shots]
+
+
+def evaluate_zero_shot(
+    vit: ViT, lora: LoRA | None, text: TextTower, dataset: Any, **settings: Any
+) -> Result:
+    """`evaluate` at 0 shots (Table 12): images against the texts of their task's class names.
+
+    Args:
+        vit, lora: the image tower and its meta-LoRA; None: the plain two-tower model.
+        text: the text tower of the same model, with its prompt templates.
+        dataset: see `evaluate`; its classes need names made of words.
+        settings: further named arguments of `evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `evaluate`.
+
+    """
+    return evaluate(vit, lora, dataset, shots=0, text=text, **settings)
 
 
 def evaluate_shots(
@@ -391,19 +440,34 @@ def evaluate_shots(
     backend: Backend = "auto",
     progress: Progress | None = None,
     embedding_cache: str | Path | None = None,
+    text: TextTower | None = None,
 ) -> dict[int, Result]:
     """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
+    if 0 in shots and text is None:
+        raise ValueError(
+            "text: 0 shots need the text tower of the backbone's model, got none; give"
+            ' text=TextTower.from_pretrained("open_clip:MODEL/PRETRAINED" or a folder), --text'
+        )
     if lora is not None:
         lora = lora.fit(vit.config)
     source = dataset
     if not isinstance(dataset, Pixels):
         source = load_dataset(dataset, split, data_root)
+    classes = None
+    if 0 in shots and text is not None:
+        classes = text.classes(source.class_names)  # raises before images are embedded
+        check_width(classes.embeddings, vit.config.features)
     features, drawn = embed_episodes(
-        vit, lora, source, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed,
-        prune=prune, batch_size=batch_size, precision=precision, backend=backend,
+        vit, lora, source, shots=[k or 1 for k in shots], ways=ways, queries=queries, tasks=tasks,
+        seed=seed, prune=prune, batch_size=batch_size, precision=precision, backend=backend,
         progress=progress, embedding_cache=embedding_cache,
     )  # fmt: skip
-    return {count: score_episodes(features, lists, distance) for count, lists in drawn.items()}
+    return {
+        k: score_episodes(features, drawn[k], distance)
+        if k or classes is None
+        else score_zero_shot(features, classes, drawn[1])
+        for k in shots
+    }
 
 
 def evaluate_meta_dataset(

@@ -30,17 +30,19 @@ class Batch(NamedTuple):
 
 
 def groups(bank: Sequence[LoRA], size: int) -> Iterator[list[int]]:
-    """Indices of LoRAs to invert together: consecutive ones with equally many classes.
+    """Indices of LoRAs to invert together: consecutive ones with heads of one size and kind.
 
     Ranks and targets may differ within a group: they are padded with zeros. Heads may not, since
     R_BN takes its moments over equal shares of the batch. Of the sizes from `size` down to its
     half, the largest that leaves no smaller rest is taken: a group of another shape costs more to
     compile than it saves.
     """
-    by_ways: dict[int, list[int]] = {}
+    by_head: dict[tuple[int, bool], list[int]] = {}
     for i, lora in enumerate(bank):
-        by_ways.setdefault(lora.head.classes if lora.head is not None else 0, []).append(i)
-    for indices in by_ways.values():
+        head = lora.head
+        kind = (0, False) if head is None else (head.classes, head.normalised)
+        by_head.setdefault(kind, []).append(i)
+    for indices in by_head.values():
         even = [n for n in range(size, (size - 1) // 2, -1) if len(indices) % n == 0]
         step = even[0] if even else size
         for start in range(0, len(indices), step):

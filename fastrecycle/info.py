@@ -215,7 +215,8 @@ def _lora(lora: LoRA) -> Description:
         lines.append("no head (enough for use and evaluation; inversion needs one)")
     else:
         names = ", ".join(lora.class_names) if lora.class_names else "without names"
-        lines.append(f"head: {lora.head.classes} classes ({names})")
+        kind = "class texts" if lora.head.normalised else "classes"
+        lines.append(f"head: {lora.head.classes} {kind} ({names})")
     if lora.base_model:
         lines.append(f"made for {lora.base_model}")
     return Description(lines)

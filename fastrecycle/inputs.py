@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastrecycle.data import ImageDataset
@@ -15,6 +16,7 @@ from fastrecycle.files import sha256, tensors_sha256
 from fastrecycle.lora import LoRA
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pool_files import PoolFiles
+from fastrecycle.text import TextTower
 
 Input = dict[str, str]
 
@@ -27,6 +29,13 @@ def network_input(source: str | Path, network: nn.Module) -> Input:
     return {"source": str(source), "sha256": tensors_sha256(sorted(tensors.items()))}
 
 
+def text_input(source: str | Path, text: TextTower) -> Input:
+    """A text tower: of its tensors and templates."""
+    tensors = dict(text.named_parameters()) | dict(text.named_buffers())
+    told = [(f"templates {text.templates}", torch.zeros(0))]
+    return {"source": str(source), "sha256": tensors_sha256([*sorted(tensors.items()), *told])}
+
+
 def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
     """A LoRA or a bank: of factors, scales, heads and class names, in order."""
 
@@ -36,7 +45,8 @@ def loras_input(source: str | Path, loras: Iterable[LoRA]) -> Input:
             yield from ((f"{i} {t} b", x) for t, x in sorted(lora.b.items()))
             yield from ((f"{i} {t} scale", x) for t, x in sorted(lora.scale.items()))
             if lora.head is not None:
-                yield f"{i} head {lora.class_names}", lora.head.weight
+                reads = " normalised" if lora.head.normalised else ""
+                yield f"{i} head {lora.class_names}{reads}", lora.head.weight
                 if lora.head.bias is not None:
                     yield f"{i} bias", lora.head.bias
 

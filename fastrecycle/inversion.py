@@ -61,9 +61,12 @@ def data_loss(
     impl: Impl = "reference",
     side: torch.cuda.Stream | None = None,
     natural: Tensor | None = None,
+    normalised: bool = False,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_data of each task, LoRA Recycle, Eq. 1: CE(h(f(X)), Y) + alpha R_BN(X) (+ TV, L2).
+
+    Under heads of class texts the cross-entropy is the contrastive loss (Sec. 5, zero-shot).
 
     Args:
         vit: the frozen backbone.
@@ -80,6 +83,7 @@ def data_loss(
         side: where the prior runs beside the backbone, forward and backward; None: after it.
         natural: (G m, 3, S, S), the images in the normalisation of a `ResNetPrior`, as
             `ops.jitter_pixels` makes them; None: they are made of `images` here.
+        normalised: see `Head`.
         keep: (G m, k), the patches that the backbone sees; None: all. The prior sees whole images.
 
     Returns:
@@ -105,6 +109,8 @@ def data_loss(
         features = vit(seen, stack, prune=config.prune if pruned else None, keep=keep, impl=impl)
     # The head is tiny and its logits feed the loss: full precision.
     features = features.to(torch.promote_types(features.dtype, torch.float32))
+    if normalised:
+        features = nn.functional.normalize(features, dim=-1)
     logits = features.unflatten(0, (tasks, per_task)) @ heads.transpose(1, 2) + biases[:, None]
     target = labels.expand(tasks, -1)
     ce = nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
@@ -178,6 +184,7 @@ class InversionGroup:
         self._sized = self._resized()
         generators = [task_generator(seed, task) for task in tasks]
         heads = [lora.require_head() for lora in loras]
+        self.normalised = heads[0].normalised
         images = self._start(generators, earlier, heads[0].classes)
         self.jitter = Jitter.draw(generators, config, side).to(device)
         self.shrink = None  # (sides, S, S)
@@ -292,7 +299,7 @@ class InversionGroup:
         losses = self._loss(
             self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
             config, pruned, self.precision, None, self.impl, self.beside, natural,
-            self._seen_patches(),
+            self.normalised, self._seen_patches(),
         )  # fmt: skip
         d_seen, *d_natural = torch.autograd.grad(losses[0].sum(), leaves)
         settings = self.optimiser.param_groups[0]
@@ -316,7 +323,7 @@ class InversionGroup:
         losses = self._loss(
             self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
             self.config, pruned, self.precision, shrink, self.impl, self.beside, None,
-            self._seen_patches(),
+            self.normalised, self._seen_patches(),
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(losses[0].sum(), seen)
         self.images.grad = gather_pixels(gradient, inverse(rows), inverse(columns))
@@ -441,6 +448,7 @@ class InversionGroup:
             keep = self._best(place, count, last, keep)
         pixels = (self.vit.pixels(last) * 255).round().clamp(0, 255).byte()
         own = lora.to(self.device)
+        head = own.require_head()
         order, logits, survivors = [], [], count
         for rows in torch.arange(len(pixels), device=self.device).split(batch_size):
             images = self.vit.normalise(pixels[rows].float() / 255)
@@ -453,7 +461,7 @@ class InversionGroup:
                 survivors = pruned.kept.shape[1]
                 importance = _survivors_first(importance, pruned.kept, pruned.cls_scores)
             order.append(importance.sort(dim=1, descending=True, stable=True).indices)
-            logits.append(own.require_head()(whole.features.float()))
+            logits.append(head(whole.features.float()))
         return TaskImages(
             task=self.tasks[place],
             images=pixels.cpu(),
@@ -463,6 +471,7 @@ class InversionGroup:
             teacher_logits=torch.cat(logits).cpu(),
             class_names=lora.class_names,
             name=lora.name,
+            text=head.weight.float().cpu() if head.normalised else None,
         )
 
     def save(self, path: Path) -> None:
@@ -545,9 +554,19 @@ def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) ->
                 " (Eq. 1), got none; add head.safetensors (weight (classes, features), bias) to its"
                 " folder or save it with modules_to_save"
             )
+        if lora.head.normalised and lora.head.bias is not None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: a head of class texts (normalised) has no bias, got"
+                f" one of shape {tuple(lora.head.bias.shape)}"
+            )
     ways = {lora.head.classes for lora in loras if lora.head is not None}
     if len(ways) > 1:
         raise ValueError(f"inversion group: heads of one size expected, got {sorted(ways)} classes")
+    if len({lora.head.normalised for lora in loras if lora.head is not None}) > 1:
+        raise ValueError(
+            "inversion group: heads of one kind expected, got linear ones beside class texts"
+            " (normalised)"
+        )
 
 
 class Inverter:

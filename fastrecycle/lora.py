@@ -34,10 +34,15 @@ def target_sizes(width: int, mlp_dim: int) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on the backbone's feature: logits = features weight^T + bias."""
+    """A linear classifier on the backbone's feature: logits = features weight^T + bias.
+
+    The class texts of a two-tower model are one, too: normalised, without a bias, the scale of the
+    cosines within the weight (see `fastrecycle.text`).
+    """
 
     weight: Tensor  # (C, features)
     bias: Tensor | None = None  # (C,)
+    normalised: bool = False  # it reads features divided by their norm
 
     @property
     def classes(self) -> int:
@@ -46,12 +51,14 @@ class Head:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, features) -> logits (B, C)."""
+        if self.normalised:
+            features = torch.nn.functional.normalize(features, dim=-1)
         return torch.nn.functional.linear(features, self.weight, self.bias)
 
     def to(self, *args, **kwargs) -> Head:
         """The head on another device or in another dtype."""
         bias = None if self.bias is None else self.bias.to(*args, **kwargs)
-        return Head(self.weight.to(*args, **kwargs), bias)
+        return replace(self, weight=self.weight.to(*args, **kwargs), bias=bias)
 
 
 def _depth_message(got: int, depth: int) -> str:
@@ -275,7 +282,7 @@ class LoRA:
         head = self.head
         if head is not None:
             bias = None if head.bias is None else head.bias.detach().clone()
-            head = Head(head.weight.detach().clone(), bias)
+            head = replace(head, weight=head.weight.detach().clone(), bias=bias)
         return replace(self, a=copy(self.a), b=copy(self.b), scale=copy(self.scale), head=head)
 
     def delta(self, target: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Meta-training: one meta-LoRA from many synthetic few-shot tasks (LoRA Recycle, Sec. 4.2, 4.3).
 
-E episodes in a step, W ways, K shots, Q queries a class, S side.
+E episodes in a step, W ways, K shots, Q queries a class, F features, S side.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fastrecycle.ops import (
 from fastrecycle.parallel import ALONE, Ranks
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.pruning import kept_count
+from fastrecycle.text import check_width
 from fastrecycle.vit import RaggedKeep, ViT
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,12 @@ class EpisodeSampler:
                     f" {need} images a class, LoRA {task} class {label} has {count};"
                     " invert more images_per_class, or ask for fewer queries"
                 )
+        if config.shots == 0 and pool.text is None:
+            raise ValueError(
+                "pool: 0-shot tasks need the class texts of every LoRA, which this pool does not"
+                " hold; invert LoRAs with such heads (pretune(..., text=...) makes them,"
+                " text_heads(bank, text) adds them; --text), or ask for shots >= 1"
+            )
         if config.interpolation < 1 and max(widths) < config.ways:
             raise ValueError(
                 f"ways: a {config.ways}-way task of one LoRA needs a head with that many classes;"
@@ -118,6 +125,7 @@ class Batch(NamedTuple):
     images: Tensor  # (E W (K + Q), 3, S, S), normalised
     keep: Tensor | RaggedKeep | None  # kept patches of each image; None: all
     target: Tensor  # (E, W Q, W), see `targets`
+    text: Tensor | None  # (E, W, F), class texts, scale included, where there are no shots
 
 
 def targets(pool_logits: Tensor, tasks: Draw | Episodes, config: MetaConfig) -> Tensor:
@@ -143,21 +151,31 @@ def targets(pool_logits: Tensor, tasks: Draw | Episodes, config: MetaConfig) -> 
     return torch.where(own[:, None, None, None], teacher, one_hot).flatten(1, 2)
 
 
-def meta_loss(features: Tensor, target: Tensor, config: MetaConfig) -> tuple[Tensor, Tensor]:
+def meta_loss(
+    features: Tensor, target: Tensor, config: MetaConfig, text: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """L_meta, LoRA Recycle, Eq. 3 and 4, and the accuracy against the target's mode.
+
+    Without shots, class texts stand in for prototypes: against labels this is CLIP's contrastive
+    loss from images to texts, cross-entropy over scale cos(image, text).
 
     Args:
         features: (E, W, K + Q, F), support images first.
         target: (E, W Q, W), see `targets`.
         config: shots, distance, direction of the KL.
+        text: (E, W, F), class texts, scale included; given if and only if there are no shots.
 
     Returns:
         loss and accuracy, scalars.
 
     """
-    support, query = features.split((config.shots, config.queries), dim=2)
-    prototypes = class_means(support.flatten(1, 2), config.ways)
-    logits = prototype_logits(prototypes, query.flatten(1, 2), config.distance)
+    if text is not None:
+        unit = torch.nn.functional.normalize(features.flatten(1, 2).to(text.dtype), dim=-1)
+        logits = unit @ text.transpose(1, 2)
+    else:
+        support, query = features.split((config.shots, config.queries), dim=2)
+        prototypes = class_means(support.flatten(1, 2), config.ways)
+        logits = prototype_logits(prototypes, query.flatten(1, 2), config.distance)
     log_p = (logits / config.temperature).log_softmax(-1)
     log_target = target.clamp_min(1e-12).log()
     if config.kl == "teacher_student":
@@ -277,6 +295,10 @@ class MetaTrainer:
             self.logits = pool.teacher_logits.to(device)
             self.order = pool.order.to(device)  # most important patch first
         self.steps_drawn = STAGED if self.staged else DRAWN
+        self.text = self.text_rows = None
+        if config.shots == 0 and pool.text is not None:
+            check_width(pool.text, vit.config.features)
+            self.text, self.text_rows = pool.text.to(device), pool.text_rows.to(device)
         self.patches = pool.patches
         self.masked_count = masked_patches(pool.patches, config)
         if config.sparsity > 0 and (config.sparsity_per == "batch" or config.whole > 0):
@@ -339,14 +361,18 @@ class MetaTrainer:
         self._block = -1  # of `steps_drawn` steps, whose draws these are
 
     def _forward(
-        self, images: Tensor, keep: Tensor | RaggedKeep | None, target: Tensor
+        self,
+        images: Tensor,
+        keep: Tensor | RaggedKeep | None,
+        target: Tensor,
+        text: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         lora = None if config.learn == "backbone" else self.lora
         with autocast(images.device, self.precision):
             features = self.backbone(images, lora, keep=keep, impl=self.impl)
         features = features.unflatten(0, (-1, config.ways, config.shots + config.queries))
-        return meta_loss(features, target, config)
+        return meta_loss(features, target, config, text)
 
     def _draw(self, first: int, steps: int) -> list[Draw]:
         """All that is random in some steps: of tasks of whole images, then of those that mask.
@@ -433,7 +459,10 @@ class MetaTrainer:
             else:
                 keep = order[:, : self.masked_count].sort(dim=1).values
             keep = _mirror(keep, self.vit.config.grid, flip)
-        return Batch(images, keep, targets(self.logits, draw, config))
+        text = None
+        if self.text is not None and self.text_rows is not None:
+            text = self.text[self.text_rows[draw.rows[:, :, 0]]]
+        return Batch(images, keep, targets(self.logits, draw, config), text)
 
     def _batches(self, step: int) -> list[Batch]:
         draws = self._draw(step, 1)
@@ -448,6 +477,12 @@ class MetaTrainer:
         """Have the images of some draws on the device; the draws, with their places there."""
         rows = torch.cat([draw.rows.flatten() for draw in draws])
         new = self.pool.gather(rows.numpy())
+        if self.text is not None:
+            fresh_rows = self.pool.text_rows[rows].to(self.device)
+            if self.text_rows is None or len(self.text_rows) != len(rows):
+                self.text_rows = fresh_rows
+            else:
+                self.text_rows.copy_(fresh_rows)
         if not hasattr(self, "images") or len(self.images) != len(rows):
             self.images, self.order, self.logits = (x.to(self.device) for x in new)
         else:  # in place: a recorded step reads these very tensors

@@ -71,6 +71,9 @@ class Training:
     backend: Backend = "auto"
     # Seed of everything drawn.
     seed: int = 0
+    # Live curves beside metrics.jsonl: tensorboard (extra "tensorboard"; its files are below --out)
+    # or wandb (extra "wandb").
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ class Backbone:
     # What the weights do not tell: a JSON file, a preset's name, or pairs such as
     # activation=quick_gelu mean=0.5,0.5,0.5.
     backbone_config: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text tower of a two-tower model, whose image tower is the backbone."""
+
+    # A folder with text.json and text.safetensors, or open_clip:MODEL/PRETRAINED: classes are then
+    # told apart by the texts of their names (0 shots, Table 12).
+    text: str | None = None
+    # Prompts with {} for the class name, in the place of the tower's own.
+    templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ class Pretune:
 
     common: OmitArgPrefixes[Common]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     pretune: OmitArgPrefixes[PretuneConfig]
     # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv. Several take turns, LoRA
     # by LoRA, and class names then begin with their set's.
@@ -136,6 +151,7 @@ class Invert:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     prior: OmitArgPrefixes[Prior]
     inversion: OmitArgPrefixes[InversionConfig]
     # demo (packaged), a folder of PEFT folders, hf:OWNER/REPO, or a .txt file that lists any of
@@ -156,6 +172,7 @@ class MetaTrain:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     meta: OmitArgPrefixes[MetaConfig]
     # Folder that `fastrecycle invert` wrote, or a URL of any file system that fsspec knows.
     pool: str
@@ -179,6 +196,7 @@ class Recycle:
     common: OmitArgPrefixes[Common]
     training: OmitArgPrefixes[Training]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     prior: OmitArgPrefixes[Prior]
     inversion: InversionConfig
     meta: MetaConfig
@@ -204,6 +222,7 @@ class Eval:
 
     common: OmitArgPrefixes[Common]
     backbone: OmitArgPrefixes[Backbone]
+    text: OmitArgPrefixes[Text]
     eval: OmitArgPrefixes[EvalConfig]
     # A registered name, or the path of a folder, .zip, .tar(.gz) or .csv.
     dataset: str
@@ -222,19 +241,73 @@ class Eval:
 
 @dataclass(frozen=True)
 class Report:
-    """Pictures and tables of a run, or of the benchmarks."""
+    """Pictures and tables of a run, of the benchmarks, or of the paper's experiments."""
 
     common: OmitArgPrefixes[Common]
-    # Folder of the run; or benchmarks: all records; or table4, table5: speed beside accuracy.
+    training: OmitArgPrefixes[Training]
+    backbone: OmitArgPrefixes[Backbone]
+    prior: OmitArgPrefixes[Prior]
+    # Folder of a run; benchmarks: all records; table1 to table14 (without 12): a table of the
+    # paper; sensitivity: App. C's sweeps; gains: App. E's plot.
     what: Positional[str]
     # Folder of the benchmarks' records.
     results: Path = Path("benchmarks/results")
-    # For table4 and table5: folders of runs with evaluations in JSON, one for each setting.
+    # For table4 and table5 without --store or --smoke, speed beside the accuracies of runs made by
+    # hand: folders of runs with evaluations in JSON, one for each setting.
     runs: tuple[Path, ...] = ()
-    # For table4 and table5: data set whose evaluations to show.
+    # With --runs: data set whose evaluations to show.
     dataset: str = "cifar_fs"
-    # Where tables of benchmarks go; unset means beside the records. A run's stay in its folder.
+    # Where tables go; unset means beside the benchmarks' records, or for tables of the paper
+    # STORE/tables. A run's stay in its folder.
     out: Path | None = None
+    # Banks, pools, meta-LoRAs and scores of the paper's tables, shared by all of them; unset means
+    # runs/tables.
+    store: Path | None = None
+    # How much a table runs: small takes minutes on a GPU (20 LoRAs, 300 iterations, 400 steps),
+    # paper what the paper ran (100, 2000, 60000), smoke seconds on toys.
+    scale: Literal["smoke", "small", "paper"] = "small"
+    # Toy networks and images on the CPU, in seconds: --scale smoke, in runs/tables-smoke.
+    smoke: bool = False
+    # Data sets of the table to run; unset means all that are there.
+    datasets: tuple[str, ...] = ()
+    # Further backbones for table13, as LABEL=SOURCE.
+    backbones: tuple[str, ...] = ()
+    # Start no stage that would not end within so many minutes; unset means no limit.
+    minutes: float | None = None
+    # Run nothing: write the pages from the scores that the store has.
+    render: bool = False
+    # Runs on the same LoRAs whose images to show beside the run's, such as one without the prior;
+    # unset takes one without the prior that lies beside the run's folder.
+    compare: tuple[Path, ...] = ()
+    # Also invert a small CNN, for comparison: demo (the packaged prior), or a ResNet's file.
+    small_cnn: str | None = None
+    # Where the run's backbone is now, if not where its manifest says.
+    run_backbone: str | None = None
+    # Where its bank is now, likewise.
+    run_bank: str | None = None
+    # How to draw the pool's features in the plane: tsne, or umap (extra "umap").
+    projection: Literal["tsne", "umap"] = "tsne"
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A page on which a person shows a few labelled pictures and classifies others."""
+
+    common: OmitArgPrefixes[Common]
+    backbone: OmitArgPrefixes[Backbone]
+    # A PEFT folder, demo (packaged, for the demo backbone), or none.
+    meta_lora: Positional[str]
+    # Address to listen on. The page has no password: any other than this lets everyone in who can
+    # reach it.
+    host: str = "127.0.0.1"
+    # Port to listen on.
+    port: int = 7860
+    # Largest picture file, in MB.
+    file_mb: int = 10
+    # Largest picture, in millions of pixels; a larger one is not decoded.
+    megapixels: int = 40
+    # Labelled pictures at a time, and pictures to classify at a time.
+    pictures: int = 50
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,10 +178,11 @@ class _Place:
 def read_peft(path: Path, vit: ViT | None = None) -> LoRA:
     """Read a PEFT folder; one of DoRA as the exact change of the weights of `vit`.
 
-    The head is head.safetensors (weight (C, features), optional bias, class names as a JSON list
-    under "class_names" in its metadata), else the `classifier`, `head`, `fc` or `score` of PEFT's
-    modules_to_save. Class names not found there come from class_names.json, or from the id2label
-    of adapter_config.json or config.json. Factors of any float dtype become float32.
+    The head is head.safetensors (weight (C, features), optional bias; in its metadata class names
+    as a JSON list under "class_names", and "normalised": see `Head`), else the `classifier`,
+    `head`, `fc` or `score` of PEFT's modules_to_save. Class names not found there come from
+    class_names.json, or from the id2label of adapter_config.json or config.json. Factors of any
+    float dtype become float32.
 
     Raises:
         FileNotFoundError: no such folder, or no adapter in it.
@@ -616,6 +617,11 @@ def _read_head(
     if file.is_file():
         tensors, metadata = load_safetensors(file)
         beside = _head(str(file), {k.rpartition(".")[2]: x.float() for k, x in tensors.items()})
+        if metadata.get("normalised", "false") not in ("true", "false"):
+            raise ValueError(
+                f"{file}: normalised must be true or false, got {metadata['normalised']!r}"
+            )
+        beside = replace(beside, normalised=metadata.get("normalised") == "true")
         if head is not None and not _same(head, beside):
             raise ValueError(
                 f"{path}: the head in head.safetensors and {module} in the adapter differ; delete"
@@ -672,6 +678,8 @@ def _head(where: str, parts: Mapping[str, Tensor]) -> Head:
 def _same(one: Head, other: Head) -> bool:
     """Equal up to float16's rounding."""
     if one.weight.shape != other.weight.shape or (one.bias is None) != (other.bias is None):
+        return False
+    if one.normalised != other.normalised:
         return False
     near = torch.allclose(one.weight, other.weight, rtol=2e-3, atol=1e-6)
     return near and (
@@ -741,7 +749,8 @@ def write_peft(
     if not tensors:
         raise ValueError("LoRA.save: every rank is 0, there is nothing to write")
     # PEFT puts the head back only into a model that has such a module: the one it came from
-    to_save = lora.head_module if at_home and lora.head is not None else None
+    plain = lora.head is not None and not lora.head.normalised
+    to_save = lora.head_module if at_home and plain else None
     if lora.head is not None and to_save is not None:
         tensors[f"{to_save}.weight"] = lora.head.weight
         if lora.head.bias is not None:
@@ -760,7 +769,10 @@ def write_peft(
         parts = {"weight": lora.head.weight}
         if lora.head.bias is not None:
             parts["bias"] = lora.head.bias
-        files["head.safetensors"] = _bytes(parts, dtype, {"class_names": names} if names else None)
+        told = {} if names is None else {"class_names": names}
+        if lora.head.normalised:
+            told["normalised"] = "true"
+        files["head.safetensors"] = _bytes(parts, dtype, told or None)
     elif names is not None:
         files["class_names.json"] = (names + "\n").encode()
     _write_folder(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", files)

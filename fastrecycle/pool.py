@@ -37,6 +37,9 @@ class SyntheticPool:
         classes: (M,) int64: which class an image shows, over all LoRAs. By name where the bank has
             names; otherwise every LoRA's labels are classes of their own.
         class_names: a name for each value of `classes`.
+        text: (rows, features) float32, the class texts of all LoRAs one after the other, scale
+            included; None where a LoRA has another head.
+        text_rows: (M,) int64, the row of `text` of each image's class.
 
     """
 
@@ -60,6 +63,9 @@ class SyntheticPool:
         runs = [run for e in entries for run in e.runs]
         lengths = torch.tensor([count for _, count in runs])
         self.labels = torch.tensor([label for label, _ in runs]).repeat_interleave(lengths)
+        offsets = np.cumsum([0, *(e.classes for e in entries)])[:-1]
+        self.text_rows = self.labels + torch.from_numpy(offsets)[self.tasks]
+        self.has_text = all(e.text for e in entries)
         self.has_names = all(e.class_names is not None for e in entries)
         ids: dict[str, int] = {}
         shown = []
@@ -75,6 +81,12 @@ class SyntheticPool:
                 "some LoRAs have no class names: in interpolated tasks each LoRA's labels count as"
                 " classes of their own, so the same class from two LoRAs may face itself"
             )
+
+    @cached_property
+    def text(self) -> Tensor | None:
+        """(rows, features) float32; see above."""
+        texts = [p.text for p in self.parts if p.text is not None] if self.has_text else []
+        return torch.cat(texts) if texts else None
 
     @cached_property
     def images(self) -> Tensor:

@@ -26,7 +26,7 @@ from fastrecycle.files import (
 )
 
 INDEX = "pool.json"
-_VERSION = 1
+_VERSION = 2
 _OPEN = 256  # files mapped at once; Linux allows a process 65,530 maps
 _NEEDED = {"images", "labels", "order", "teacher_logits"}
 
@@ -43,6 +43,8 @@ class TaskImages:
     teacher_logits: Tensor  # (m, classes) float32, of the LoRA's own network on these images
     class_names: tuple[str, ...] | None = None
     name: str | None = None
+    # (classes, features) float32: the LoRA's head, where that is its class texts (scale included)
+    text: Tensor | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -50,6 +52,7 @@ class TaskImages:
         said = f"{self.task} {self.survivors} {self.class_names} {self.name}"
         tensors = [(said, self.images), ("labels", self.labels.int())]
         tensors += [("order", self.order.int()), ("teacher_logits", self.teacher_logits)]
+        tensors += [] if self.text is None else [("text", self.text)]
         return tensors_sha256(tensors)
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,6 +65,8 @@ class TaskImages:
             "order": self.order.to(torch.int32),
             "teacher_logits": self.teacher_logits,
         }
+        if self.text is not None:
+            tensors["text"] = self.text
         return tensors, {"fastrecycle.task": json.dumps(meta)}
 
     def save(self, path: str | Path) -> None:
@@ -90,6 +95,7 @@ class TaskImages:
             teacher_logits=tensors["teacher_logits"],
             class_names=tuple(names) if names else None,
             name=meta["name"],
+            text=tensors.get("text"),
         )
         if "digest" in meta:  # reckoned when it was written
             part.__dict__["digest"] = meta["digest"]
@@ -108,6 +114,7 @@ class Entry:
     side: int  # pixels
     patches: int
     survivors: int
+    text: bool  # whether the head is class texts
     digest: str
     bytes: int  # of the file; 0: none
 
@@ -119,7 +126,7 @@ class Entry:
             part.task, part.name, part.class_names,
             tuple(zip(values.tolist(), counts.tolist(), strict=True)),
             part.teacher_logits.shape[1], part.images.shape[-1], part.order.shape[1],
-            part.survivors, part.digest if size else "", size,
+            part.survivors, part.text is not None, part.digest if size else "", size,
         )  # fmt: skip
 
     @staticmethod

@@ -17,6 +17,7 @@ from fastrecycle.eval import Pixels
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import Head, LoRA, LoRABank, LoRAStack
 from fastrecycle.ops import autocast, check_precision
+from fastrecycle.text import TextTower, check_width
 from fastrecycle.vit import ViT
 
 
@@ -30,6 +31,7 @@ def pretune(
     on_step: OnStep | None = None,
     on_lora: Callable[[int, LoRA], None] | None = None,
     done: frozenset[int] = frozenset(),
+    text: TextTower | None = None,
 ) -> LoRABank:
     """Train `config.num` LoRAs on random `config.ways`-way tasks of a labelled split.
 
@@ -41,6 +43,10 @@ def pretune(
     number, ranks are dealt out within each set, and class names become SET/CLASS, so that equal
     names of two sets are not taken for one class.
 
+    With a text tower the heads are the texts of the class names, frozen, and the loss is CLIP's
+    contrastive loss from images to texts: cross-entropy over scale cos(image, text). Its other
+    half, from texts to images, is left out: a text here has many images.
+
     Args:
         vit: the frozen backbone, on the device to use.
         data: decoded images, see `fastrecycle.eval.decode`; or several of different names.
@@ -50,16 +56,20 @@ def pretune(
         on_step: called with the steps done in all (LoRAs times steps), loss and accuracy.
         on_lora: called with each finished LoRA and its number.
         done: numbers to leave out, because they were finished before.
+        text: the text tower of the two-tower model whose image tower is `vit`; None: linear heads.
 
     Returns:
         The bank without those in `done`.
 
     Raises:
-        ValueError: fewer classes than ways, or two data sets of one name.
+        ValueError: fewer classes than ways, two data sets of one name, or class names that the
+            text tower cannot take.
     """
     config = config or PretuneConfig()
     check_precision(precision, "reference", vit.pos_embed.device)
-    sources = _sources([data] if isinstance(data, Pixels) else data, config.ways)
+    sources = _sources([data] if isinstance(data, Pixels) else data, config.ways, text)
+    for source in sources:
+        check_width(source.texts, vit.config.features)
     ranks = [config.rank[i // len(sources) % len(config.rank)] for i in range(config.num)]
     todo = [i for i in range(config.num) if i not in done]
     finished: list[LoRA] = []
@@ -89,9 +99,10 @@ class _Source:
     pixels: Tensor  # (N, 3, S, S) uint8
     members: dict[int, np.ndarray]  # label -> its images
     class_names: tuple[str, ...]
+    texts: Tensor | None  # (classes, F), scale included
 
 
-def _sources(data: Sequence[Pixels], ways: int) -> list[_Source]:
+def _sources(data: Sequence[Pixels], ways: int, text: TextTower | None) -> list[_Source]:
     names = [each.name for each in data]
     if not names or len(set(names)) < len(names):
         raise ValueError(
@@ -107,7 +118,8 @@ def _sources(data: Sequence[Pixels], ways: int) -> list[_Source]:
         class_names = each.class_names
         if len(data) > 1:
             class_names = tuple(f"{each.name}/{name}" for name in class_names)
-        sources.append(_Source(each.pixels, members, class_names))
+        texts = None if text is None else text.classes(each.class_names).head().weight
+        sources.append(_Source(each.pixels, members, class_names, texts))
     return sources
 
 
@@ -138,7 +150,12 @@ def _train_group(
     stack = LoRAStack.of(starts).to(device)
     weight = torch.zeros(len(group), config.ways, vit.config.features, device=device)
     bias = torch.zeros(len(group), config.ways, device=device)
-    trained = [*stack.a.values(), *stack.b.values(), weight, bias]
+    trained = [*stack.a.values(), *stack.b.values()]
+    texts = [x.texts[torch.from_numpy(t)] for x, t in zip(of, tasks) if x.texts is not None]
+    if texts:
+        weight = torch.stack(texts).to(weight)
+    else:
+        trained += [weight, bias]
     for tensor in trained:
         tensor.requires_grad_()
     optimiser = torch.optim.Adam(trained, lr=config.lr)
@@ -159,6 +176,8 @@ def _train_group(
         with autocast(device, precision):
             features = vit(images, stack, lora_index=index)
         features = features.float().unflatten(0, (len(group), -1))
+        if texts:
+            features = nn.functional.normalize(features, dim=-1)
         logits = features @ weight.transpose(1, 2) + bias[:, None]
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1), target, reduction="none"
@@ -173,8 +192,12 @@ def _train_group(
                 right = (logits.flatten(0, 1).argmax(-1) == target).float().mean()
                 values = {"loss": losses.mean().item(), "accuracy": right.item()}
             on_step(step + 1, values)
+    heads = [
+        Head(w, normalised=True) if texts else Head(w, b)
+        for w, b in zip(weight.detach().cpu(), bias.detach().cpu())
+    ]
     return [
-        _unstack(stack, i, start, Head(weight[i].detach().cpu(), bias[i].detach().cpu()),
+        _unstack(stack, i, start, heads[i],
                  tuple(of[i].class_names[int(c)] for c in tasks[i]), f"{number:04d}")
         for i, (number, start) in enumerate(zip(group, starts, strict=True))
     ]  # fmt: skip

@@ -151,7 +151,26 @@ class ResNetPrior(nn.Module):
 
         """
         run = _Pass(self, segments, impl)
-        x = run.stem(pixels, normalised)
+        self._blocks(run, run.stem(pixels, normalised), output=False)
+        return run.total(first_bn)
+
+    def features(self, pixels: Tensor, segments: int = 1) -> tuple[Tensor, Tensor]:
+        """The last block's output, averaged over space, and R_BN, from one plain forward pass.
+
+        Args:
+            pixels: (B, 3, S, S) in [0, 1].
+            segments: number of tasks.
+
+        Returns:
+            (B, C) features and (segments,) R_BN, float32.
+
+        """
+        run = _Pass(self, segments, "reference")
+        x = self._blocks(run, run.stem(pixels, normalised=False), output=True)
+        return x.mean((2, 3)), run.total(1.0)
+
+    def _blocks(self, run: _Pass, x: Tensor, *, output: bool) -> Tensor:
+        """From the stem to the last block, whose output is asked for only where it is read."""
         for name in self.block_names:
             layer, index = (int(n) for n in re.findall(r"\d+", name))
             stride = 2 if index == 0 and layer > 1 else 1
@@ -163,7 +182,7 @@ class ResNetPrior(nn.Module):
             last: dict[str, Any] = {
                 "residual": shortcut,
                 "twin": twin,
-                "output": name != self.block_names[-1],
+                "output": output or name != self.block_names[-1],
             }
             if self.bottleneck:
                 early = self.spec.stride_in == "conv1"
@@ -174,7 +193,7 @@ class ResNetPrior(nn.Module):
             else:
                 y = run.bn(f"{name}.bn1", self._conv(f"{name}.conv1", x, stride))
                 x = run.bn(f"{name}.bn2", self._conv(f"{name}.conv2", y), **last)
-        return run.total(first_bn)
+        return x
 
 
 class _Pass:

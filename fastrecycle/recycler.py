@@ -15,8 +15,9 @@ from fastrecycle.cluster import cluster_invert, cluster_meta_train
 from fastrecycle.config import InversionConfig, MetaConfig, Precision
 from fastrecycle.eval import evaluate
 from fastrecycle.files import write_json
-from fastrecycle.inputs import loras_input, network_input, pool_input
+from fastrecycle.inputs import loras_input, network_input, pool_input, text_input
 from fastrecycle.inversion import check_inversion, invert
+from fastrecycle.live import OnMetrics
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.metatrain import MetaResult, meta_train
 from fastrecycle.ops import Backend, check_precision, kernels_suit, resolve_backend
@@ -25,6 +26,7 @@ from fastrecycle.pool import SyntheticPool
 from fastrecycle.pool_files import PoolFiles, TaskImages
 from fastrecycle.prior import load_prior
 from fastrecycle.screening import Score, as_json, screen
+from fastrecycle.text import TextTower, text_heads
 from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
@@ -77,10 +79,15 @@ class MetaLoRARecycler:
         seed: of everything drawn.
         validation: a data set for choosing the step that is returned, never test data; None returns
             the last.
-        screening: leave LoRAs out of meta-training whose images or weights are unlike the others';
-            see `fastrecycle.screening`. Their images are made and kept.
+        text: the text tower of a two-tower model whose image tower is `vit`: the LoRAs' heads are
+            then the texts of their class names, whatever heads they have, and validation may be
+            0-shot (`meta.shots`; Table 12).
         inputs: for the manifest, what was read and its SHA-256 (see `fastrecycle.inputs`).
         quiet: no progress bars.
+        on_metrics: called with stage, step and values where metrics.jsonl gets a line (see
+            `fastrecycle.live`).
+        screening: leave LoRAs out of meta-training whose images or weights are unlike the others';
+            see `fastrecycle.screening`. Their images are made and kept.
         ranks: processes that share meta-training; see `fastrecycle.parallel`.
         cluster: address of a Ray cluster, or "auto", on which both stages run; see
             `fastrecycle.cluster`. It takes a folder, and no validation.
@@ -105,9 +112,11 @@ class MetaLoRARecycler:
         precision: Precision = "auto",
         seed: int = 0,
         validation: Any = None,
-        screening: bool = False,
+        text: TextTower | None = None,
         inputs: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        on_metrics: OnMetrics | None = None,
+        screening: bool = False,
         ranks: Ranks = ALONE,
         cluster: str | None = None,
     ):
@@ -115,7 +124,11 @@ class MetaLoRARecycler:
         self.precision = resolve_precision(precision, self.device)
         self.inversion = inversion or InversionConfig()
         self.meta = meta or MetaConfig()
+        if text is not None and len(bank):
+            bank = text_heads(bank, text)
         self.bank: Sequence[LoRA] = LoRABank(bank).fit(vit.config) if len(bank) else ()
+        if self.meta.shots == 0 and validation is not None and text is None:
+            raise ValueError("text: 0-shot validation needs a text tower, got none; give text=...")
         rank = max([self.meta.rank, *(a.shape[1] for x in self.bank for a in x.a.values())])
         self.backend = resolve_backend(
             backend, self.device, self.precision,
@@ -128,6 +141,8 @@ class MetaLoRARecycler:
         self.prior = None if network is None else network.to(self.device)
         self.prior_name = prior if isinstance(prior, str | Path) else type(prior).__name__
         self.vit = vit.to(self.device)
+        self.text = None if text is None else text.to(self.device)
+        self.on_metrics = on_metrics
         self.seed, self.validation, self.quiet = seed, validation, quiet or not ranks.first
         self.ranks, self.cluster = ranks, cluster
         if cluster is not None and validation is not None:
@@ -146,6 +161,8 @@ class MetaLoRARecycler:
             inputs["backbone"] = network_input("vit", self.vit)
         if "bank" not in inputs and len(self.bank):
             inputs["bank"] = loras_input("bank", self.bank)
+        if self.text is not None and "text" not in inputs:
+            inputs["text"] = text_input("text", self.text)
         if "prior" not in inputs and self.prior is not None:
             inputs["prior"] = network_input(str(self.prior_name), self.prior)
         return {
@@ -178,8 +195,7 @@ class MetaLoRARecycler:
 
             def on_step(done: int, values: dict[str, float]) -> None:
                 update(done, values)
-                if target is not None:
-                    target.metrics("invert", done, values)
+                self._record(target, "invert", done, values)
 
             settings: dict[str, Any] = {
                 "seed": self.seed, "precision": self.precision, "backend": self.backend,
@@ -219,8 +235,7 @@ class MetaLoRARecycler:
 
             def on_step(done: int, values: dict[str, float]) -> None:
                 update(done, values)
-                if target is not None:
-                    target.metrics("meta-train", done, values)
+                self._record(target, "meta-train", done, values)
 
             self.result = meta_train(
                 self.vit,
@@ -285,6 +300,15 @@ class MetaLoRARecycler:
             kept = [pool.parts[i] for i in stay]
         return SyntheticPool(kept), [self.bank[self.scores[i].task] for i in stay]
 
+    def _record(
+        self, target: runs.RunFolder | None, stage: str, step: int, values: dict[str, float]
+    ) -> None:
+        """Values of a step, which most steps have none of, to wherever they go."""
+        if target is not None:
+            target.metrics(stage, step, values)
+        if values and self.on_metrics is not None:
+            self.on_metrics(stage, step, values)
+
     def _start(self, bank: Sequence[LoRA]) -> LoRA | None:
         """Where the meta-LoRA starts; None: from nothing."""
         if self.meta.start == "zero" or self.meta.learn == "backbone":
@@ -300,7 +324,7 @@ class MetaLoRARecycler:
         """Accuracy on 200 validation tasks, in percent."""
         return evaluate(
             vit, lora, self.validation, ways=self.meta.ways, shots=self.meta.shots, tasks=200,
-            split="val", seed=self.seed, precision=self.precision,
+            split="val", seed=self.seed, precision=self.precision, text=self.text,
         ).accuracy  # fmt: skip
 
     def run(self, out_dir: str | Path) -> LoRA:

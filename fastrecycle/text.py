@@ -1,17 +1,23 @@
 """Text towers of two-tower models: class names and prompt templates to class embeddings.
 
-B images, C classes, D width of the shared space. Towers and tokenizers are open_clip's.
+B images, C classes, D width of the shared space. Networks and tokenizers are open_clip's; a tower
+of one's own is a folder with text.json and text.safetensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastrecycle.files import load_safetensors, read_json, save_safetensors, write_json
+from fastrecycle.lora import Head, LoRA, LoRABank
 from fastrecycle.sources import open_clip_model
 
 PROMPTS = ("a photo of a {}.",)
@@ -40,6 +46,46 @@ class TextClasses:
     scale: float  # of the cosines
     class_names: tuple[str, ...]
 
+    def head(self) -> Head:
+        """The head whose logits are `zero_shot_logits`: scale times the embeddings, normalised."""
+        return Head(self.scale * self.embeddings, normalised=True)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a `TextNetwork`."""
+
+    output_dim: int  # D
+    width: int = 128
+    heads: int = 4
+    layers: int = 2
+    context_length: int = 32  # tokens of a text
+    vocab_size: int = 49408  # of open_clip's byte pair encoding
+
+
+class TextNetwork(nn.Module):
+    """open_clip's text transformer with a scale of cosines, without an image tower."""
+
+    def __init__(self, config: TextConfig):
+        from open_clip.transformer import TextTransformer
+
+        super().__init__()
+        self.config = config
+        self.transformer = TextTransformer(**dataclasses.asdict(config))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's start
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Tokens (B, context_length) int64 -> (B, D), of norm 1 where asked for."""
+        found = self.transformer(tokens)
+        return nn.functional.normalize(found, dim=-1) if normalize else found
+
+
+def text_tokenizer(config: TextConfig) -> Callable[[list[str]], Tensor]:
+    """open_clip's byte pair encoding at a network's context length."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=config.context_length)
+
 
 class TextTower(nn.Module):
     """A frozen text tower of open_clip with its tokenizer.
@@ -49,16 +95,23 @@ class TextTower(nn.Module):
     >>> logits = zero_shot_logits(vit(images), classes.embeddings, classes.scale)
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        templates: Sequence[str] = PROMPTS,
+    ):
         """Keep the text half of a model.
 
         Args:
             model: with `encode_text(tokens, normalize=True)` and `logit_scale`, a logarithm, as
                 open_clip's CLIP and CustomTextCLIP; its image tower is not needed.
             tokenizer: texts to (B, length) int64.
+            templates: prompts that it takes where none are given.
 
         Raises:
-            TypeError: not such a model.
+            TypeError: not such a model, or one string in the place of several templates.
+            ValueError: no template, or one without {}.
 
         """
         super().__init__()
@@ -69,6 +122,53 @@ class TextTower(nn.Module):
             )
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.templates = _templates(templates)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, templates: Sequence[str] = ()) -> TextTower:
+        """From "open_clip:MODEL/PRETRAINED", or a folder that `save` wrote.
+
+        Args:
+            source: as above.
+            templates: prompts in the place of the tower's own; none: its own.
+
+        Raises:
+            FileNotFoundError: no such folder, file or tag.
+            OSError: a download failed.
+            ValueError: a damaged folder, no such model, or weights of another one.
+
+        """
+        scheme, _, name = str(source).partition(":")
+        if scheme == "open_clip":
+            # hf-hub:OWNER/REPO and local-dir:PATH name their weights themselves
+            whole = name.startswith(("hf-hub:", "local-dir:"))
+            model, _, pretrained = (name, "", "") if whole else name.partition("/")
+            tower = TextTower.from_open_clip(model, pretrained or None)
+        else:
+            tower = _read(Path(source))
+        if templates:
+            tower.templates = _templates(templates)
+        return tower
+
+    def save(self, folder: str | Path) -> None:
+        """Write text.json (sizes, templates) and text.safetensors (float32).
+
+        Raises:
+            TypeError: not a `TextNetwork`; models of open_clip are loaded by their names.
+            OSError: it cannot be written.
+
+        """
+        if not isinstance(self.model, TextNetwork):
+            raise TypeError(
+                "TextTower.save: writes towers over a TextNetwork, got"
+                f" {type(self.model).__name__}; load it by open_clip:MODEL/PRETRAINED"
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.float() for name, x in self.model.state_dict().items()}
+        save_safetensors(folder / "text.safetensors", tensors)
+        network = dataclasses.asdict(self.model.config)
+        write_json(folder / "text.json", {"network": network, "templates": self.templates})
 
     @staticmethod
     def from_open_clip(name: str, pretrained: str | None = None) -> TextTower:
@@ -96,34 +196,25 @@ class TextTower(nn.Module):
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
-    def encode(self, class_names: Sequence[str], templates: Sequence[str] = PROMPTS) -> Tensor:
+    def encode(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
         """One embedding a class: the mean over templates of unit vectors, made a unit vector again.
 
         Args:
-            class_names: in the order of the classes; underscores are spaces.
-            templates: prompts with one {} for the class name.
+            class_names: in the order of the classes; see `spoken`.
+            templates: prompts with one {} for the class name; None: the tower's own.
 
         Returns:
             (C, D) float32 on the tower's device, rows of norm 1.
 
         Raises:
             TypeError: one string in the place of several.
-            ValueError: no class, no template, or a template without {}.
+            ValueError: no class, a name without words, no template, or a template without {}.
 
         """
-        for what, given in (("class_names", class_names), ("templates", templates)):
-            if isinstance(given, str):
-                raise TypeError(f"{what}: expected a sequence of strings, got the string {given!r}")
-            if not given:
-                raise ValueError(f"{what}: expected at least one, got none")
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"templates: each needs one {{}}, got {template!r}")
-        texts = [
-            template.replace("{}", name.replace("_", " "))
-            for name in class_names
-            for template in templates
-        ]
+        _check_several("class_names", class_names)
+        templates = self.templates if templates is None else _templates(templates)
+        names = [spoken(name) for name in class_names]
+        texts = [template.replace("{}", name) for name in names for template in templates]
         device = self.model.logit_scale.device
         found = [
             self.model.encode_text(
@@ -135,10 +226,98 @@ class TextTower(nn.Module):
         return nn.functional.normalize(each.mean(1), dim=-1)
 
     def classes(
-        self, class_names: Sequence[str], templates: Sequence[str] = PROMPTS
+        self, class_names: Sequence[str], templates: Sequence[str] | None = None
     ) -> TextClasses:
         """`encode` with the model's scale and the names."""
         return TextClasses(self.encode(class_names, templates), self.scale, tuple(class_names))
+
+
+def spoken(class_name: str) -> str:
+    """A class name as a prompt has it: underscores are spaces, CUB's leading number is dropped.
+
+    Raises:
+        ValueError: a number, a WordNet id or another name without a word, of which no text tower
+            knows anything.
+
+    """
+    words = re.sub(r"^\d+\.", "", class_name).replace("_", " ").strip()
+    if not re.search(r"[^\W\d_]", words) or re.fullmatch(r"n\d{8}", words):
+        raise ValueError(
+            f"class_names: 0 shots need names made of words, got {class_name!r}; put a"
+            " class_names.json {folder: name} beside the class folders, or give labels that are"
+            " names"
+        )
+    return words
+
+
+def text_heads(bank: Sequence[LoRA], text: TextTower) -> LoRABank:
+    """A bank whose heads are the texts of its class names: what Eq. 1 takes of a two-tower model.
+
+    Args:
+        bank: LoRAs with class names, such as those trained by CLIP's loss, which have no heads; a
+            set's name in front ("SET/CLASS") is no part of a class's text.
+        text: the tower of the same model.
+
+    Raises:
+        ValueError: a LoRA without class names, or a name without words.
+
+    """
+    made = []
+    for i, lora in enumerate(bank):
+        if lora.class_names is None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: has no class names, so no texts; put"
+                " class_names.json, a list of names, into its folder"
+            )
+        names = [name.rpartition("/")[2] for name in lora.class_names]
+        made.append(replace(lora, head=text.classes(names).head().to("cpu"), head_module=None))
+    return LoRABank(made)
+
+
+def check_width(embeddings: Tensor | None, features: int) -> None:
+    """Raise unless texts (C, D) lie in the space of a backbone's features.
+
+    Raises:
+        ValueError: D is another width.
+
+    """
+    if embeddings is not None and embeddings.shape[1] != features:
+        raise ValueError(
+            f"text: embeddings of {embeddings.shape[1]} numbers, the backbone's features have"
+            f" {features}; both towers must belong to one model"
+        )
+
+
+def _check_several(what: str, given: Sequence[str]) -> None:
+    if isinstance(given, str):
+        raise TypeError(f"{what}: expected a sequence of strings, got the string {given!r}")
+    if not given:
+        raise ValueError(f"{what}: expected at least one, got none")
+
+
+def _templates(given: Sequence[str]) -> tuple[str, ...]:
+    _check_several("templates", given)
+    for template in given:
+        if template.count("{}") != 1:
+            raise ValueError(f"templates: each needs one {{}}, got {template!r}")
+    return tuple(given)
+
+
+def _read(folder: Path) -> TextTower:
+    for name in ("text.json", "text.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder}: no text tower (text.json, text.safetensors) there; besides folders,"
+                " a source is open_clip:MODEL/PRETRAINED"
+            )
+    content = read_json(folder / "text.json")
+    try:
+        config = TextConfig(**content["network"])
+        network = TextNetwork(config)
+        network.load_state_dict(load_safetensors(folder / "text.safetensors")[0])
+        return TextTower(network, text_tokenizer(config), content["templates"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: a damaged text tower ({error})") from None
 
 
 def zero_shot_logits(

@@ -146,7 +146,9 @@ def vet(
     return [x for x in good if x.name not in doubles], out | doubles
 
 
-def vetted_bank(source: str | Path, vit: ViT) -> tuple[LoRABank, dict[str, str]]:
+def vetted_bank(
+    source: str | Path, vit: ViT, heads: bool = True
+) -> tuple[LoRABank, dict[str, str]]:
     """The usable LoRAs of a bank, at the backbone's depth; each of the others is logged by name.
 
     Raises:
@@ -154,7 +156,7 @@ def vetted_bank(source: str | Path, vit: ViT) -> tuple[LoRABank, dict[str, str]]
         ValueError: none can be used.
 
     """
-    loras, out = vet(read_members(source, vit), vit.config)
+    loras, out = vet(read_members(source, vit), vit.config, heads)
     if not loras:
         name, reason = next(iter(out.items()))
         raise ValueError(f"{source}: none of {len(out)} LoRAs can be used; {name}: {reason}")

@@ -6,11 +6,27 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
+import pytest
 import tiny
+import torch
 import toys
+from filled import fill
 
-from fastrecycle import InversionConfig, LoRABank, MetaConfig, SyntheticPool, ViT
+from fastrecycle import (
+    InversionConfig,
+    LoRABank,
+    MetaConfig,
+    PretuneConfig,
+    SyntheticPool,
+    ViT,
+    text,
+)
 from fastrecycle.baselines import CAML, PMF_META, CAMLConfig, CAMLNetwork, evaluate_baseline
+from fastrecycle.baselines.zero_shot import POOL_TASKS
+from fastrecycle.eval import evaluate_zero_shot
+from fastrecycle.files import read_json
+from fastrecycle.text import TextTower
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -74,3 +90,72 @@ def test_screening_is_measured_on_a_poisoned_bank(monkeypatch, capsys, tmp_path,
     assert set(said["poison"].values()) == {"shuffled_head", "noise_weights"}
     assert "screened minus clean, 1-shot" in said
     assert said["found"] or said["missed"]
+
+
+def test_a_text_tower_learns_names_from_images_and_definitions(
+    monkeypatch, capsys, tmp_path, one_thread
+):
+    world = tiny.make(tmp_path)
+    example = load("train_text_tower", monkeypatch)
+    lexicon = [(["ant", "emmet"], "small insect"), (["eel"], "long fish"), (["bee"], "insect")]
+    monkeypatch.setattr(example, "wordnet", lambda: lexicon)
+    sizes = {"width": 32, "heads": 2, "layers": 1, "context_length": 12, "output_dim": 16}
+    results = example.main(
+        tmp_path, tmp_path / "out", world.backbone, (str(world.images),), (str(world.images),),
+        training=example.Training(steps=60, lr=1e-2, images=3, pairs=4, **sizes),
+        tasks=40, ways=3, queries=4, device="cpu",
+    )  # fmt: skip
+    result, control = results[str(world.images)]
+    assert result.accuracy > 75  # new images of classes it has seen; chance is 33
+    assert abs(control.accuracy - 100 / 3) < 25  # 20 deals of 5 names
+    assert "names exchanged" in capsys.readouterr().out
+    vit = ViT.from_pretrained(tmp_path / "out/vit.safetensors")
+    tower = TextTower.from_pretrained(tmp_path / "out/text")
+    again = evaluate_zero_shot(
+        vit, None, tower, str(world.images), split="val", ways=3, queries=4, tasks=40
+    )
+    assert again.accuracy == pytest.approx(result.accuracy, abs=1)
+
+
+def test_the_text_towers_loss_is_open_clips(monkeypatch):
+    one, other = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    scale = torch.tensor(10.0)
+    got = load("train_text_tower", monkeypatch).clip_loss(one, other, scale)
+    torch.testing.assert_close(got, open_clip.ClipLoss()(one, other, scale))
+
+
+def test_the_lexicon_is_timms_wordnet(monkeypatch):
+    found = load("train_text_tower", monkeypatch).wordnet()
+    assert len(found) > 20_000
+    animals = [text for names, text in found if names[0] == "beaver"]
+    assert any(text.startswith("large semiaquatic rodent") for text in animals)
+
+
+def test_zero_shot_recycling_prints_its_table(monkeypatch, capsys, tmp_path, one_thread):
+    world = tiny.make(tmp_path)
+    (tmp_path / "towers").mkdir()
+    ViT.from_pretrained(world.backbone).save(tmp_path / "towers/vit.safetensors")
+    shape = text.TextConfig(output_dim=32, width=16, heads=2, layers=1, context_length=12)
+    tower = text.TextTower(fill(text.TextNetwork(shape)), text.text_tokenizer(shape))
+    tower.save(tmp_path / "towers/text")
+    small = {"ways": 3, "queries": 3, "resolution": (8, 16)}
+    arguments = {
+        "data_root": tmp_path, "towers": tmp_path / "towers", "out": tmp_path / "out",
+        "data": str(world.images), "prior": str(world.prior), "choose": False, "device": "cpu",
+        "pretuning": PretuneConfig(num=2, ways=3, steps=2, batch_size=6),
+        "inversion": InversionConfig(images_per_class=3, iterations=3),
+        "meta": MetaConfig(steps=3, shots=0, start="zero", **small),
+        "pool_tasks": replace(POOL_TASKS, **small),
+        "ways": 3, "queries": 3, "tasks": 5,
+    }  # fmt: skip
+    example = load("recycle_zero_shot", monkeypatch)
+    rows = example.main(**arguments)
+    said = capsys.readouterr().out
+    for name in ("Two-tower model", "LoRAs Avg", "MOLE", "LoRAHub", "LoRA Recycle"):
+        assert name in said
+    written = read_json(tmp_path / "out/zero_shot_val.json")
+    assert written["MOLE"]["settings"] == rows["MOLE"].settings
+    assert written["LoRA Recycle"]["per_task"] == rows["LoRA Recycle"].result.per_task.tolist()
+    again = example.main(**arguments)  # from what is on disk
+    for name, row in rows.items():
+        assert again[name].result.per_task == pytest.approx(row.result.per_task)

@@ -267,7 +267,7 @@ def test_gradient_of_a_task_reaches_no_other_image():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 3), min_size=1, max_size=14), st.integers(1, 6))
 def test_groups_cover_the_bank_with_heads_of_one_size(ways, size):
-    bank = [SimpleNamespace(head=SimpleNamespace(classes=w)) for w in ways]
+    bank = [SimpleNamespace(head=SimpleNamespace(classes=w, normalised=False)) for w in ways]
     drawn = list(groups(bank, size))
     assert sorted(i for group in drawn for i in group) == list(range(len(ways)))
     for group in drawn:

@@ -14,10 +14,13 @@ PACKAGE = ROOT / "fastrecycle"
 ORDER = [
     "config", "files", "augment", "capture", "pruning", "positions", "ops", "vit_config",
     "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
+    "config", "files", "augment", "capture", "pruning", "positions", "ops", "vit_config",
+    "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
     "conventions", "weights", "sources", "text", "prior", "pool_files", "pool", "grouping",
     "jitter", "shortcuts", "inversion", "classifier", "screening", "vetting", "parallel",
     "metatrain", "data", "embedding_cache", "eval", "baselines", "pretune", "inputs", "run",
-    "cluster", "recycler", "report", "bench_report", "info", "options", "demo", "cli",
+    "live", "cluster", "recycler", "report", "bench_report", "serve", "info", "options",
+    "tables", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
@@ -28,9 +31,9 @@ DOORS = {
 }  # fmt: skip
 STAGES = {
     "invert", "InversionGroup", "meta_train", "MetaTrainer", "pretune", "evaluate",
-    "evaluate_shots", "MetaLoRARecycler",
+    "evaluate_shots", "evaluate_zero_shot", "MetaLoRARecycler",
 }  # fmt: skip
-WIRING = {"__init__", "recycler", "cli", "demo", "cluster"}
+WIRING = {"__init__", "recycler", "tables", "cli", "demo", "cluster"}
 
 
 def modules():

@@ -271,7 +271,7 @@ def test_one_shot_query_on_its_prototype_has_a_finite_gradient(distance):
 def test_packed_tasks_have_the_mean_of_their_losses(changes):
     both, one = trainer(tasks=2, **changes), trainer(tasks=1, **changes)
     for step in range(3):
-        images, keep, target = both._batches(step)[0]
+        images, keep, target, _ = both._batches(step)[0]
         loss, accuracy = both._forward(images, keep, target)
         alone = []
         for e in range(2):
@@ -462,7 +462,7 @@ def test_keep_ladder_spreads_over_the_levels():
 
 def test_batch_sparsity_keeps_the_best_of_every_image():
     t = trainer(sparsity=0.75, sparsity_per="batch", flip=0.0)
-    _, keep, _ = t._batches(0)[0]
+    keep = t._batches(0)[0].keep
     _, rows = raw(t, 0)
     assert torch.equal(keep, t.order[rows][:, :4].sort(1).values)
     with pytest.raises(ValueError, match="asks for 12 of 16 patches"):
@@ -491,7 +491,7 @@ def test_image_sparsity_keeps_the_best_of_each_image():
     t = trainer(sparsity=0.75, sparsity_per="image", flip=0.0)
     seen = set()
     for step in range(3):
-        _, keep, _ = t._batches(step)[0]
+        keep = t._batches(step)[0].keep
         _, rows = raw(t, step)
         assert len(keep.patches) == 15 * 4
         counts = keep.cu_seqlens.diff().tolist()
@@ -599,7 +599,7 @@ def test_a_step_is_adam_on_the_naive_loss(tasks):
     lora = t.lora.clone().to(torch.float64)
     moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in lora.tensors()]
     for step in range(2):
-        images, _, target = t._batches(step)[0]
+        images, _, target, _ = t._batches(step)[0]
         for x in lora.tensors():
             x.requires_grad_()
         features = torch.cat([vit(image[None].double(), lora) for image in images])

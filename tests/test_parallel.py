@@ -132,6 +132,25 @@ def test_pool_read_as_drawn_gives_the_same_meta_lora(name, alone, tmp_path, monk
     assert "images" not in pool.__dict__  # never read as a whole
 
 
+def test_class_texts_of_a_pool_on_disk_are_found_by_every_image(tmp_path):
+    g = toys.generator(1)
+    parts = [
+        replace(toys.task_images(i, ways=3 + i % 2), text=torch.randn(3 + i % 2, 16, generator=g))
+        for i in range(4)
+    ]
+    pool, cfg = SyntheticPool(parts), replace(CONFIG, shots=0)
+    pool.save(tmp_path)
+    loaded = SyntheticPool.load(tmp_path)
+    assert torch.equal(loaded.text, pool.text)
+    assert torch.equal(loaded.text_rows, pool.text_rows)
+    one = meta_train(toys.vit(), pool, cfg, seed=3).lora
+    other = meta_train(toys.vit(), loaded, cfg, seed=3, staged=True).lora
+    assert all(map(torch.equal, one.tensors(), other.tensors()))
+    parts[1] = replace(parts[1], text=None)
+    SyntheticPool(parts).save(tmp_path)
+    assert SyntheticPool.load(tmp_path).text is None
+
+
 def test_staged_training_resumes_in_the_middle_of_a_stretch(alone, tmp_path, monkeypatch):
     toys.pool(4).save(tmp_path / "pool")
     monkeypatch.setattr("fastrecycle.metatrain.STAGED", 8)

@@ -17,6 +17,7 @@ OWN = {"fastrecycle", "fastrecycle_kernels"}
 # import name -> distribution, where they differ
 DISTRIBUTIONS = {
     "PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "pyyaml",
+    "umap": "umap-learn",
 }  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def test_every_import_is_declared():
     missing = imported() - declared
     assert missing <= optional
     # an extra's import has to be one that the package can do without, and where the tests install
-    # it they must show that themselves: those of nevergrad and h5py do
-    assert missing & names(extras["test"]) <= {"nevergrad", "h5py"}
+    # it they must show that themselves: those of nevergrad, h5py and gradio do
+    assert missing & names(extras["test"]) <= {"nevergrad", "h5py", "gradio"}
 
 
 def test_every_required_dependency_is_imported():

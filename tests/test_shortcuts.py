@@ -106,7 +106,7 @@ def test_patches_kept_fall_at_the_named_iterations():
     loss = group._loss
 
     def record(*arguments):
-        keep = arguments[14]
+        keep = arguments[15]
         seen.append(None if keep is None else tuple(keep.shape))
         return loss(*arguments)
 

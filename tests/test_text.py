@@ -5,6 +5,7 @@ import torch
 from filled import fill
 
 from fastrecycle import text
+from fastrecycle.files import write_json
 from fastrecycle.sources import open_clip_facts
 from fastrecycle.text import TextClasses, TextTower, zero_shot_logits
 from fastrecycle.vit import ViT
@@ -119,3 +120,71 @@ def test_other_things_are_no_text_towers(tokenizer):
         TextTower(torch.nn.Linear(1, 1), tokenizer)
     with pytest.raises(ValueError, match="both towers must belong to one model"):
         zero_shot_logits(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
+
+
+# ---------------------------------------------------------------------- towers of one's own
+
+
+def small(templates=("a {}.", "the {}")):
+    torch.manual_seed(0)
+    config = text.TextConfig(output_dim=24, width=32, heads=2, layers=1, context_length=12)
+    return TextTower(fill(text.TextNetwork(config)), text.text_tokenizer(config), templates)
+
+
+def test_a_tower_of_ones_own_is_saved_and_read(tmp_path):
+    tower = small()
+    tower.model.logit_scale.fill_(2.0)
+    tower.save(tmp_path / "tower")
+    again = TextTower.from_pretrained(tmp_path / "tower")
+    assert again.templates == ("a {}.", "the {}")
+    assert again.scale == pytest.approx(7.389, rel=1e-3)
+    torch.testing.assert_close(again.encode(NAMES), tower.encode(NAMES), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in again.parameters())
+    other = TextTower.from_pretrained(tmp_path / "tower", ["{}"])
+    torch.testing.assert_close(other.encode(NAMES), tower.encode(NAMES, ["{}"]), rtol=0, atol=0)
+    assert (other.encode(NAMES) - tower.encode(NAMES)).norm() > 1e-3
+
+
+def test_from_pretrained_names_open_clips_models(model, tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        TextTower, "from_open_clip",
+        lambda *names: asked.append(names) or TextTower(model, tokenizer),
+    )  # fmt: skip
+    for source in ("open_clip:ViT-B-16/openai", "open_clip:hf-hub:owner/repo"):
+        assert TextTower.from_pretrained(source).templates == text.PROMPTS
+    assert asked == [("ViT-B-16", "openai"), ("hf-hub:owner/repo", None)]
+
+
+def test_damaged_towers_are_refused(tmp_path, tower):
+    with pytest.raises(FileNotFoundError, match=r"no text tower \(text.json, text.safetensors\)"):
+        TextTower.from_pretrained(tmp_path)
+    small().save(tmp_path)
+    for content, message in (
+        ({"templates": ["{}"]}, "a damaged text tower .*network"),
+        ({"network": {"output_dim": 24, "depth": 3}, "templates": ["{}"]}, "damaged.*depth"),
+        ({"network": {"output_dim": 24}, "templates": ["{}"]}, "damaged.*size mismatch"),
+    ):
+        write_json(tmp_path / "text.json", content)
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            TextTower.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="load it by open_clip:MODEL/PRETRAINED"):
+        tower.save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("aquarium_fish", "aquarium fish"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("7 spot ladybird", "7 spot ladybird"),
+    ],
+)
+def test_names_as_prompts_have_them(name, said):
+    assert text.spoken(name) == said
+
+
+@pytest.mark.parametrize("name", ["3", "n01443537", "__", "12.5"])
+def test_names_without_words_are_refused(tower, name):
+    with pytest.raises(ValueError, match="need names made of words, got"):
+        tower.encode(["dog", name])

@@ -26,6 +26,7 @@ from fastrecycle.baselines.protocol import (
     evaluate_baseline,
     score,
 )
+from fastrecycle.baselines.zero_shot import ZeroShotRow, zero_shot_rows
 from fastrecycle.lora import LoRA
 from fastrecycle.vit import ViT
 
@@ -51,6 +52,7 @@ __all__ = [
     "NearestCentre",
     "TaskFeatures",
     "TaskPixels",
+    "ZeroShotRow",
     "choose",
     "decode_tasks",
     "embed_tasks",
@@ -59,6 +61,7 @@ __all__ = [
     "pool_views",
     "score",
     "train_caml",
+    "zero_shot_rows",
 ]
 
 

@@ -69,7 +69,7 @@ class CAMLConfig:
     sides: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tasks", "sides"):
+        for name in ("steps", "tasks", "sides", "shots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be >= 1, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:

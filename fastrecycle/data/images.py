@@ -220,30 +220,39 @@ class ArrayImages(Sequence[Image.Image]):
         return Image.fromarray(np.ascontiguousarray(self._array[index]))
 
 
-def decode(data: bytes, where: str) -> Image.Image:
+def decode(
+    data: bytes, where: str, max_pixels: int | None = None, who: str = "load_dataset"
+) -> Image.Image:
     """Decode one image file, loaded whole.
+
+    Args:
+        data: the file.
+        where: it lies, for messages.
+        max_pixels: bound below PIL.Image.MAX_IMAGE_PIXELS.
+        who: asks, for messages.
 
     Raises:
         ValueError: broken, cut short, of an unknown format, or with more pixels than
-            PIL.Image.MAX_IMAGE_PIXELS (which Pillow itself only warns about).
+            `max_pixels` or PIL.Image.MAX_IMAGE_PIXELS (which Pillow itself only warns about).
 
     """
+    bounds = [n for n in (max_pixels, Image.MAX_IMAGE_PIXELS) if n is not None]
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        too_large = Image.MAX_IMAGE_PIXELS
-        if too_large is not None and image.width * image.height > too_large:
+        if bounds and image.width * image.height > min(bounds):
             raise Image.DecompressionBombError(f"{image.width} x {image.height}")
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        remedy = "; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it" if max_pixels is None else ""
         raise ValueError(
-            f"load_dataset: {where} has more than {Image.MAX_IMAGE_PIXELS:,} pixels ({error}); "
-            "not decoded; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"{who}: {where} has more than {min(bounds, default=0):,} pixels ({error}); "
+            f"not decoded{remedy}"
         ) from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise ValueError(
-            f"load_dataset: {where} is not a whole image ({error}); copy or download it again"
+            f"{who}: {where} is not a whole image ({error}); copy or download it again"
         ) from error
     return image
 

@@ -1,0 +1,72 @@
+"""Results of stages on disk, each under the key of its recipe; complete, resumable or absent.
+
+    stages/KEY/       a bank, pool, meta-LoRA or model: large, may stay where it was made
+    done/KEY.json     recipe, seconds and work of a finished stage; choices and scores live here
+    plans/TABLE-SCALE.json  which score stands in which cell of a table
+
+A table is rendered from done/ and plans/ alone, some kilobytes a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastrecycle.files import read_json, write_json
+
+
+class Store:
+    """A folder of finished stages; see above.
+
+    Args:
+        root: of the store; made where it is absent.
+
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def folder(self, key: str) -> Path:
+        """Where a stage keeps its files, finished or not."""
+        return self.root / "stages" / key
+
+    def record(self, key: str) -> Any | None:
+        """What a finished stage left; None: it is not finished.
+
+        Raises:
+            ValueError: a damaged record.
+
+        """
+        path = self.root / "done" / f"{key}.json"
+        return read_json(path) if path.is_file() else None
+
+    def has(self, key: str) -> bool:
+        """Whether a stage is finished and its files, where it has any, are here."""
+        whole = key.startswith(("choice-", "score-")) or self.folder(key).is_dir()
+        return whole and (self.root / "done" / f"{key}.json").is_file()
+
+    def finish(self, key: str, record: dict[str, Any]) -> None:
+        """Note that a stage is finished, last of all."""
+        write_json(self.root / "done" / f"{key}.json", record)
+
+    def records(self) -> list[Any]:
+        """Of all finished stages."""
+        return [read_json(path) for path in sorted((self.root / "done").glob("*.json"))]
+
+    def plan(self, table: str, scale: str) -> Any | None:
+        """The plan of a table at a scale; None: it was never run here.
+
+        Raises:
+            ValueError: a damaged plan.
+
+        """
+        path = self._plan(table, scale)
+        return read_json(path) if path.is_file() else None
+
+    def save_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write the plan of a table."""
+        write_json(self._plan(plan["table"], plan["scale"]), plan)
+
+    def _plan(self, table: str, scale: str) -> Path:
+        return self.root / "plans" / f"{table}-{scale}.json"
