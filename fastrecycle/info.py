@@ -17,12 +17,13 @@ import torch
 from fastrecycle.data import DATASETS, ImageDataset, load_dataset
 from fastrecycle.data.layouts import SPLITS
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
-from fastrecycle.files import load_safetensors, load_torch, read_json
+from fastrecycle.files import load_safetensors, load_torch
 from fastrecycle.lora import LoRA
 from fastrecycle.lora_files import holds_lora
 from fastrecycle.peft_format import read_peft
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
+from fastrecycle.run import read_manifest
 from fastrecycle.vit import ViT
 from fastrecycle.vit_config import ViTConfig, flops
 
@@ -102,7 +103,7 @@ def _kind(path: Path) -> str | None:
     if pool:
         return "pool"
     if any(path.glob("*/adapter_config.json")) and not (path / "pool").exists():
-        named = not run or read_json(path / "run.json").get("command") == "pretune"
+        named = not run or read_manifest(path / "run.json").get("command") == "pretune"
         if named:
             return "bank"
     if run:
@@ -296,7 +297,7 @@ def describe_run(path: Path) -> Description:
     """A run's folder: settings, and how far its stages are."""
     found = Description()
     try:
-        manifest = read_json(path / "run.json")
+        manifest = read_manifest(path / "run.json")
     except ValueError as error:
         return Description([f"{path}: run"], [str(error)])
     made = manifest.get("versions", {})
