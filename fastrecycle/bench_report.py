@@ -33,7 +33,10 @@ def read_record(path: Path) -> list[Record]:
     """
     runs = read_json(path)
     good = isinstance(runs, list) and all(
-        isinstance(run, dict) and isinstance(run.get("rows"), list) and "machine" in run
+        isinstance(run, dict)
+        and isinstance(run.get("machine"), dict)
+        and isinstance(run.get("rows"), list)
+        and all(isinstance(row, dict) and _plain(row) for row in run["rows"])
         for run in runs
     )
     if not good or not runs:
@@ -42,6 +45,11 @@ def read_record(path: Path) -> list[Record]:
             " one with --record"
         )
     return runs
+
+
+def _plain(row: Row) -> bool:
+    """Whether setting and variant are texts or numbers."""
+    return all(isinstance(row.get(k), str | int | float | None) for k in ("setting", "variant"))
 
 
 def latest(runs: Sequence[Record]) -> list[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,26 @@ FREE = (  # not in the shapes
 SHAPED = tuple(f.name for f in dataclasses.fields(ViTConfig) if f.name not in FREE)
 
 
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e6
+
+
+def _count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**20
+
+
+# what a field of ViTConfig must be, by its annotation; the others are names
+_ANNOTATIONS = {f.name: str(f.type) for f in dataclasses.fields(ViTConfig)}
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a count", _count),
+    "int | None": ("a count or null", lambda x: x is None or _count(x)),
+    "bool": ("true or false", lambda x: isinstance(x, bool)),
+    "float": ("a number", _number),
+    "Triple": (
+        "3 numbers",
+        lambda x: isinstance(x, tuple) and len(x) == 3 and all(map(_number, x)),
+    ),
+}
 _RESIZE = "load these weights as they are, then vit.resized(...)"
 
 
@@ -79,9 +99,13 @@ def check_fields(config: Told) -> dict[str, Any]:
             )
     told = dict(config)
     for field in ("mean", "std"):
-        if isinstance(told.get(field), list | tuple):
-            told[field] = tuple(float(x) for x in told[field])
-    return told
+        if isinstance(told.get(field), list):
+            told[field] = tuple(told[field])
+    for field, value in told.items():
+        expected, good = _KINDS.get(_ANNOTATIONS[field], ("text", lambda x: isinstance(x, str)))
+        if not good(value):
+            raise ValueError(f"config: {field} must be {expected}, got {value!r}")
+    return {k: tuple(map(float, v)) if k in ("mean", "std") else v for k, v in told.items()}
 
 
 def conventions(

@@ -17,11 +17,12 @@ import torch
 from fastrecycle.data import DATASETS, ImageDataset, load_dataset
 from fastrecycle.data.layouts import SPLITS
 from fastrecycle.data.stores import ARCHIVE_SUFFIXES
-from fastrecycle.files import load_safetensors, load_torch, read_json
+from fastrecycle.files import load_safetensors, load_torch
 from fastrecycle.lora import LoRA, LoRABank
 from fastrecycle.lora_files import holds_lora
 from fastrecycle.pool import SyntheticPool, TaskImages
 from fastrecycle.prior import load_prior
+from fastrecycle.run import read_manifest
 from fastrecycle.screening import at_chance
 from fastrecycle.vetting import read_members, vet
 from fastrecycle.vit import ViT
@@ -105,7 +106,7 @@ def _kind(path: Path) -> str | None:
     if pool:
         return "pool"
     if any(path.glob("*/adapter_config.json")) and not (path / "pool").exists():
-        named = not run or read_json(path / "run.json").get("command") == "pretune"
+        named = not run or read_manifest(path / "run.json").get("command") == "pretune"
         if named:
             return "bank"
     if run:
@@ -295,7 +296,7 @@ def describe_run(path: Path) -> Description:
     """A run's folder: settings, and how far its stages are."""
     found = Description()
     try:
-        manifest = read_json(path / "run.json")
+        manifest = read_manifest(path / "run.json")
     except ValueError as error:
         return Description([f"{path}: run"], [str(error)])
     made = manifest.get("versions", {})

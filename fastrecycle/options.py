@@ -431,6 +431,8 @@ def _told(arguments: Sequence[str], option: str) -> str | None:
 
 # ---------------------------------------------------------------------- config files
 
+_MAX_CONFIG_BYTES = 64 * 2**10
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML or TOML file.
@@ -445,6 +447,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".toml"):
         raise ValueError(f"{path}: expected a .yaml or .toml file (--config)")
     try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"a config file has up to {_MAX_CONFIG_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             values = tomllib.loads(text)
@@ -452,10 +456,13 @@ def read_config(path: Path) -> dict[str, Any]:
             import yaml
 
             try:
+                if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                    # a few lines of them may stand for more values than memory holds
+                    raise ValueError("aliases (*name) are not read; write the value out")
                 values = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(error) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -559,7 +566,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             raise wrong
         try:
             return {int(k): float(v) for k, v in value.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
     if isinstance(value, bool) != (hint is bool):
         raise wrong
@@ -567,7 +574,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         raise wrong
     try:  # YAML reads 1e-3 as a string
         return hint(value) if isinstance(value, str | int | float) else hint(str(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
 
 

@@ -44,6 +44,26 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it is no manifest.
+
+    """
+    manifest = read_json(path)
+    tables = ("config", "inputs", "versions")
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key, {}), dict) for key in tables
+    ):
+        raise ValueError(
+            f"{path}: expected a run's manifest, an object with {', '.join(tables)} as objects; it"
+            " is damaged or another program's"
+        )
+    return manifest
+
+
 class RunFolder:
     """Where a run writes its manifest and metrics; opened again, it must be the same run.
 
@@ -57,7 +77,7 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
-            old, new = read_json(path), json.loads(json.dumps(manifest, default=str))
+            old, new = read_manifest(path), json.loads(json.dumps(manifest, default=str))
             changed = [key for key in ("config", "seed") if old.get(key) != new.get(key)]
             if not same_inputs(old.get("inputs", {}), new.get("inputs", {})):
                 changed.append("input")

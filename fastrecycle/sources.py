@@ -108,7 +108,16 @@ def _from_path(path: Path, config: Told) -> tuple[ViTConfig, dict[str, Tensor]]:
     try:
         if CONFIG_KEY in metadata:
             return convert(tensors, config, _written_config(metadata[CONFIG_KEY]))
-        return convert(tensors, config, _beside(path.parent, detect(tensors)[0]))
+        layout = detect(tensors)[0]
+        try:
+            facts = _beside(path.parent, layout)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            # files of any content: what they lack is told by the place where it was missed
+            raise ValueError(
+                f"the JSON files beside it do not describe such a model ({type(error).__name__}:"
+                f" {error}); correct or move them"
+            ) from None
+        return convert(tensors, config, facts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

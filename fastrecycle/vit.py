@@ -338,6 +338,8 @@ class ViT(nn.Module):
         shorter = min(image.size)
         # truncated size and rounded offset, as torchvision has them: other choices shift by a pixel
         width, height = (int(x * side / shorter) for x in image.size)
+        if max(width, height) > 256 * side:  # a line of pixels would grow to terabytes
+            raise ValueError(f"image: expected up to 256 times as long as wide, got {image.size}")
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))

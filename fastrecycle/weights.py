@@ -156,13 +156,16 @@ def _shape(
     # where these are missing or misshaped nothing else can be checked
     convolution = _need(parts, layout, "patch_embed.weight", 4)
     width, channels, kernel, other = convolution.shape
-    if kernel != other or channels != (64 if stem == "lvvit" else 3):
+    if kernel != other or channels != (64 if stem == "lvvit" else 3) or 0 in convolution.shape:
         raise ValueError(
             f"{their_name(layout, 'patch_embed.weight')}: expected square patches of"
             f" {64 if stem == 'lvvit' else 3} channels, got shape {tuple(convolution.shape)}"
         )
     blocks = {int(name.split(".")[1]) for name in parts if name.startswith("blocks.")}
-    depth = max(blocks, default=-1) + 1
+    depth = len(blocks)
+    if blocks != set(range(depth)):
+        absent = min(set(range(depth)) - blocks)
+        raise ValueError(f"weights ({layout} layout): there is no block {absent}, but later ones")
     mlp_dim = _mlp_dim(parts, layout)
     registers = int(told.get("registers", 0))  # in our own files a part of the prefix
     if layout == "native":
@@ -222,7 +225,7 @@ def _grid(
     if "pos_embed" not in parts and (
         layout == "hf_dinov3" or (layout == "timm_eva" and told.get("rope", "none") != "none")
     ):
-        if not isinstance(size, int) or size < patch_size or size % patch_size:
+        if not isinstance(size, int) or not patch_size <= size <= 8192 or size % patch_size:
             raise ValueError(
                 f"weights ({layout} layout): without a table of positions the image size must be"
                 f' told, in multiples of {patch_size}: config={{"image_size": 224}}; got {size!r}'

@@ -40,6 +40,7 @@ _BROKEN = (
     zlib.error,
     struct.error,
     EOFError,
+    RecursionError,  # tarfile's, of a thousand long-name headers in a row
     NotImplementedError,  # zipfile's, of a compression or encryption that it does not know
     UnicodeDecodeError,
 )
@@ -148,7 +149,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        return (self.path / name).is_file()
+        return os.path.isfile(self.path / name)  # also false of a name too long for the system
 
     def hold(self, names: Iterable[str]) -> None:
         """Nothing to do: files are read at random."""
@@ -178,7 +179,7 @@ class Zip:
                     f"load_dataset: {path}: member {info.filename!r} is a "
                     f"{'link' if kind == stat.S_IFLNK else 'special file'}; not read"
                 )
-            if info.is_dir() or is_junk(name):
+            if info.filename.endswith("/") or is_junk(name):
                 continue
             if info.flag_bits & 1:
                 raise ValueError(f"load_dataset: {path}: member {name!r} is encrypted")
@@ -302,7 +303,7 @@ class _BoundedReads:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if size > MAX_FILE_BYTES:
+        if not 0 <= size <= MAX_FILE_BYTES:
             raise ValueError(
                 f"load_dataset: {self._path}: a header of {size:,} bytes, the limit is "
                 f"{MAX_FILE_BYTES:,}; not read"
@@ -320,6 +321,10 @@ def _tar_members(file: Any, path: Path) -> Iterator[tuple[str, tarfile.TarInfo, 
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or every header is kept
                 name = safe_name(member.name, path)
+                if member.size < 0:  # tarfile would go back and read in circles
+                    raise ValueError(
+                        f"load_dataset: {path}: member {member.name!r} has {member.size} bytes"
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
