@@ -41,11 +41,13 @@ Backend = Literal["auto", "triton", "compile", "reference"]
 triton: our kernels, in a CUDA graph without `torch.compile`. auto: see `resolve_backend`."""
 
 Resolved = Literal["triton", "compile", "reference"]
+"""What a stage runs on, "auto" decided."""
 
 Impl = Literal["reference", "triton"]
 """Which code computes an operation."""
 
 ActivationKind = Literal["gelu", "gelu_tanh", "quick_gelu"]
+"""The activation of an MLP, see `activation`."""
 
 
 def kernels_suit(width: int, heads: int, rank: int = 1) -> bool:

@@ -15,6 +15,7 @@ from filled import fill
 
 from fastrecycle import (
     InversionConfig,
+    LoRA,
     LoRABank,
     MetaConfig,
     PretuneConfig,
@@ -45,6 +46,48 @@ def test_a_loop_of_ones_own_learns_digits(monkeypatch, capsys):
     # chance is 10 %, its deviation over 359 digits 1.6 %
     assert accuracy > 20
     assert "step   16  loss" in capsys.readouterr().out
+
+
+def check_lora_of_digits(folder):
+    """Every factor has learned, and the head came along."""
+    lora = LoRA.load(folder)
+    assert (lora.rank, lora.head.classes) == (4, 10)
+    start = LoRA.init(ViT.from_pretrained("demo").config, rank=4, seed=0)
+    for now, before in zip(lora.tensors(), start.tensors(), strict=True):
+        assert (now != before).flatten(1).any(1).all()  # in every block
+
+
+# Lightning's advice on a frozen backbone in eval mode, and on workers where data is in memory
+@pytest.mark.filterwarnings("ignore:Found \\d+ module:UserWarning")
+@pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
+def test_lightning_learns_digits(monkeypatch, tmp_path, one_thread):
+    pytest.importorskip("lightning", reason="needs Lightning")
+    main = load("train_lightning", monkeypatch).main
+    assert main(tmp_path, steps=16, batch=24, accelerator="cpu") > 20  # chance as above
+    check_lora_of_digits(tmp_path)
+
+
+def test_trainer_of_transformers_learns_digits(monkeypatch, tmp_path, one_thread):
+    for library in ("transformers", "accelerate"):
+        pytest.importorskip(library, reason=f"needs {library}")
+    main = load("train_hf_trainer", monkeypatch).main
+    assert main(tmp_path, steps=16, batch=24, lr=3e-3, device="cpu") > 20
+    check_lora_of_digits(tmp_path)
+
+
+def test_a_lora_module_gives_what_the_functions_give(monkeypatch):
+    module = load("lora_module", monkeypatch)
+    vit, lora = ViT.random(tiny.CONFIG), tiny.random_lora(tiny.CONFIG, 0)
+    model = module.LoRAClassifier(vit, lora, 3, {0: 0.5})
+    pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    logits = model(pixels)
+    features = vit(vit.normalise(pixels.float() / 255), lora, prune={0: 0.5})
+    torch.testing.assert_close(logits, model.head(features), rtol=0, atol=0)
+    logits.square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"a.q", "a.v", "b.q", "b.v", "head.weight", "head.bias"}
+    assert model.double().lora.scale["q"].dtype == torch.float64  # buffers follow the module
 
 
 def test_pooled_baselines_train_from_a_saved_pool(monkeypatch, capsys, tmp_path, one_thread):

@@ -87,6 +87,7 @@ BASELINES = {
     "CAML": Row(CAML, takes_bank=False, tunes=False, model="network"),
     "P>M>F": Row(PMF, takes_bank=False, tunes=True, grid=PMF_GRID, model="backbone"),
 }
+"""The methods by their names in the paper's tables."""
 
 
 def make_baseline(
