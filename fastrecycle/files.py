@@ -174,7 +174,7 @@ class Folder:
         path = f"{self.root}/{name}"
         try:
             when = self.fs.modified(path)
-        except NotImplementedError:
+        except NotImplementedError:  # fsspec's, of a file system that keeps no times
             when = self.fs.ukey(path)
         # tells a file from one of the same name that was written again
         version = hashlib.sha256(f"{self.location} {when}".encode()).hexdigest()
