@@ -128,7 +128,8 @@ def test_fuzz_names_of_members(names, kind):
 CELLS = st.one_of(
     st.sampled_from([
         "filename", "label", "split", "train", "test", "ant", "0.png", "../0.png",
-        "x" * 300 + ".png", "images/0.png", "", " ", "\0.png", "/0.png", '"', "0.png\n", "x,y", "\x1c", "é",
+        "x" * 300 + ".png", "images/0.png", "", " ", "\0.png", "/0.png",
+        '"', "0.png\n", "x,y", "\x1c", "é",
     ]),
     st.text(max_size=5),
 )  # fmt: skip
