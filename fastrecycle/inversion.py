@@ -535,21 +535,22 @@ class InversionGroup:
         counts = [metadata.get(name, "") for name in ("began", "iteration")]
         if images is None or not all(re.fullmatch("[0-9]{1,9}", x) for x in counts):
             return False
-        left = [
-            x for name, x in tensors.items() if re.fullmatch(r"left\.\d+", name) and x.ndim == 4
-        ]
+        left = [x for name, x in tensors.items() if re.fullmatch(r"left\.\d+", name)]
         moments = [tensors[name] for name in ("exp_avg", "exp_avg_sq") if name in tensors]
-        own = self.images
+        own, total = self.images, tensors.get("total")  # own: (G, m, 3, S, S), of all tasks
         return (
             int(counts[0]) <= int(counts[1]) <= self.config.iterations
-            and images.ndim == 4
-            and images.shape[2] == images.shape[3]
-            and all(x.dtype == own.dtype and x.shape[1:2] == (3,) for x in (images, *left))
-            and len(images) + sum(map(len, left)) == len(own)
+            and images.ndim == 5
+            and images.shape[1:3] == own.shape[1:3]
+            and images.shape[3] == images.shape[4]
+            and all(x.dtype == own.dtype for x in (images, *left))
+            and all(x.ndim == 4 and x.shape[:2] == own.shape[1:3] for x in left)
+            # the last to leave stay in the batch as well
+            and len(self.tasks) in (len(images) + len(left), len(left))
             and len(moments) in (0, 2)
             and all(x.shape == images.shape for x in moments)
-            and "total" in tensors
-            and tensors["total"].shape == self.total.shape
+            and total is not None
+            and total.shape == images.shape[:1]
         )
 
 
