@@ -71,9 +71,27 @@ def read_json(path: str | Path) -> Any:
 
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a JSON file, got {error}") from None
+    return parse_json(text, f"{path}: expected a JSON file")
+
+
+def parse_json(text: str, expected: str) -> Any:
+    """The value of a JSON text from anywhere.
+
+    Args:
+        text: to be parsed.
+        expected: begins the message, such as "FILE: expected a JSON file".
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also of a number too long
+        raise ValueError(f"{expected}, got {error}") from None
 
 
 def safetensors_content(
@@ -222,25 +240,80 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         ) from None
 
 
+def save_checkpoint(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the state of unfinished work as safetensors with a SHA-256 of it, atomically."""
+    save_safetensors(path, tensors, {**metadata, "sha256": _state_sha256(tensors, metadata)})
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_checkpoint` wrote; a bit that changed on the disk shows.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it is damaged, or no checkpoint of this version.
+
+    """
+    try:
+        tensors, metadata = load_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: a damaged checkpoint; remove it to restart ({error})") from None
+    told = metadata.pop("sha256", None)
+    if told != _state_sha256(tensors, metadata):
+        raise ValueError(
+            f"{path}: a damaged checkpoint, or one of another version: its SHA-256 does not match;"
+            " remove it to restart what it was of"
+        )
+    return tensors, metadata
+
+
+def _state_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = tensors_sha256(sorted(tensors.items()))
+    return hashlib.sha256(f"{digest} {sorted(metadata.items())}".encode()).hexdigest()
+
+
 def load_torch(path: str | Path) -> Any:
     """Read a `.pt`/`.bin` checkpoint with `weights_only=True`: nothing in it is ever executed.
 
     Raises:
         FileNotFoundError: it is absent.
-        ValueError: it is damaged, or holds pickled objects other than tensors and plain containers.
+        ValueError: it is damaged, holds pickled objects other than tensors and plain containers, or
+            tensors without numbers of their own (sparse, meta, expanded beyond their storage), of
+            which a small file could claim terabytes.
 
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read with"
             f" weights_only=True ({reason}); save the state dict alone, as safetensors"
         ) from None
+    for x in _tensors(content):
+        if x.layout != torch.strided or x.is_meta or x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: expected a checkpoint of plain tensors, got a {x.layout} tensor of shape"
+                f" {tuple(x.shape)} whose numbers are not in the file; save it .contiguous()"
+            )
+    return content
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers, which may hold themselves."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def sha256(path: str | Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from fastrecycle import ops
 from fastrecycle.augment import apply_maps, shrink_table
 from fastrecycle.capture import Captured, adam_state, capture, optimiser_state, set_rate
 from fastrecycle.config import InversionConfig
-from fastrecycle.files import is_url, load_safetensors, save_safetensors
+from fastrecycle.files import is_url, load_checkpoint, save_checkpoint
 from fastrecycle.grouping import ON_CPU, Batch, batches, fitting_size, halves
 from fastrecycle.jitter import Jitter, gather_pixels, inverse, row_at, task_generator
 from fastrecycle.lora import LoRA, LoRAStack
@@ -488,13 +489,20 @@ class InversionGroup:
         if state:
             tensors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         metadata = {"iteration": self.iteration, "began": self.began, "tasks": self.tasks}
-        save_safetensors(path, tensors, {name: str(value) for name, value in metadata.items()})
+        save_checkpoint(path, tensors, {name: str(value) for name, value in metadata.items()})
 
     def restore(self, path: Path) -> bool:
-        """Go on from a saved state; False if it is of another group."""
-        tensors, metadata = load_safetensors(path)
+        """Go on from a saved state; False if it is of another group.
+
+        Raises:
+            ValueError: damaged, or of another configuration.
+
+        """
+        tensors, metadata = load_checkpoint(path)
         if metadata.get("tasks") != str(self.tasks):
             return False
+        if not self._holds_state(tensors, metadata):
+            raise ValueError(f"{path}: a checkpoint of another configuration; remove it to restart")
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
         self.iteration = int(metadata["iteration"])
         self.clock.fill_(self.iteration)
@@ -520,6 +528,30 @@ class InversionGroup:
                 "exp_avg_sq": tensors["exp_avg_sq"].clone(),
             }
         return True
+
+    def _holds_state(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+        """Whether a checkpoint has this group's images, once each, and Adam's moments of them."""
+        images = tensors.get("images")
+        counts = [metadata.get(name, "") for name in ("began", "iteration")]
+        if images is None or not all(re.fullmatch("[0-9]{1,9}", x) for x in counts):
+            return False
+        left = [x for name, x in tensors.items() if re.fullmatch(r"left\.\d+", name)]
+        moments = [tensors[name] for name in ("exp_avg", "exp_avg_sq") if name in tensors]
+        own, total = self.images, tensors.get("total")  # own: (G, m, 3, S, S), of all tasks
+        return (
+            int(counts[0]) <= int(counts[1]) <= self.config.iterations
+            and images.ndim == 5
+            and images.shape[1:3] == own.shape[1:3]
+            and images.shape[3] == images.shape[4]
+            and all(x.dtype == own.dtype for x in (images, *left))
+            and all(x.ndim == 4 and x.shape[:2] == own.shape[1:3] for x in left)
+            # the last to leave stay in the batch as well
+            and len(self.tasks) in (len(images) + len(left), len(left))
+            and len(moments) in (0, 2)
+            and all(x.shape == images.shape for x in moments)
+            and total is not None
+            and total.shape == images.shape[:1]
+        )
 
 
 def _survivors_first(whole: Tensor, kept: Tensor, scores: Tensor) -> Tensor:

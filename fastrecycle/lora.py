@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastrecycle.vit_config import ViTConfig
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+# Read from files: all blocks take as much memory as the largest. Published ViTs have up to 48.
+MAX_BLOCKS = 128
 
 
 def target_sizes(width: int, mlp_dim: int) -> dict[str, tuple[int, int]]:

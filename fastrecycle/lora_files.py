@@ -101,16 +101,23 @@ def _release(path: Path, content: Mapping[str, Any]) -> LoRA:
 def _clip_lora(path: Path, content: Mapping[str, Any]) -> LoRA:
     weights, metadata = content["weights"], content["metadata"]
     try:
-        encoder, position = metadata["encoder"], metadata["position"]
-        rank, alpha = int(metadata["r"]), float(metadata["alpha"])
+        if not isinstance(weights, Mapping) or not isinstance(metadata, Mapping):
+            raise TypeError("two tables expected")
+        encoder, position = str(metadata["encoder"]), metadata["position"]
+        rank, alpha = metadata["r"], metadata["alpha"]
+        if type(rank) is not int or not isinstance(alpha, int | float):
+            raise TypeError("r and alpha must be numbers")
+        alpha = float(alpha)
         layers = [weights[f"layer_{i}"] for i in range(len(weights))]
+        if not all(isinstance(modules, Mapping) for modules in layers):
+            raise TypeError("each layer must be a table of modules")
         positions = _POSITIONS[position]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected CLIP-LoRA's layer_0, layer_1, ... and metadata r, alpha, encoder and"
             f" a position of {', '.join(_POSITIONS)}; {type(error).__name__}: {error}"
         ) from None
-    if encoder not in ("vision", "both") or rank < 1 or not math.isfinite(alpha):
+    if encoder not in ("vision", "both") or rank < 1 or not abs(alpha) < 1e30:  # of float32
         raise ValueError(
             f"{path}: expected a LoRA on the encoder vision or both, a rank above 0 and a finite"
             f" alpha; got {encoder!r}, {rank} and {alpha}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from fastrecycle.augment import crop_maps, shrink_table
 from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.classifier import class_means, prototype_logits
 from fastrecycle.config import MetaConfig
-from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.files import load_checkpoint, save_checkpoint
 from fastrecycle.inversion import OnStep
 from fastrecycle.lora import LoRA
 from fastrecycle.ops import (
@@ -583,7 +584,7 @@ class MetaTrainer:
                 tensors[f"optimiser.{i}.{name}"] = value
         for i, x in enumerate(self.average):
             tensors[f"average.{i}"] = x
-        save_safetensors(
+        save_checkpoint(
             path, tensors, {"iteration": str(self.iteration), "version": _STATE_VERSION}
         )
 
@@ -594,11 +595,16 @@ class MetaTrainer:
             ValueError: damaged, or of another configuration.
 
         """
-        tensors, metadata = load_safetensors(path)
-        count = sum(name.startswith("parameter.") for name in tensors)
-        if metadata.get("version") != _STATE_VERSION or count != len(self.parameters):
+        tensors, metadata = load_checkpoint(path)
+        iteration = metadata.get("iteration", "")
+        if (
+            metadata.get("version") != _STATE_VERSION
+            or not re.fullmatch("[0-9]{1,9}", iteration)
+            or int(iteration) > self.config.steps
+            or not self._holds_state(tensors)
+        ):
             raise ValueError(f"{path}: a checkpoint of another configuration; remove it to restart")
-        self.iteration = int(metadata["iteration"])
+        self.iteration = int(iteration)
         self.clock.fill_(self.iteration)
         self._graph = None  # it knows the old state
         with torch.no_grad():
@@ -615,6 +621,21 @@ class MetaTrainer:
             for i, x in enumerate(self.average):
                 x.copy_(tensors.pop(f"average.{i}"))
         return tensors
+
+    def _holds_state(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether a checkpoint has all parameters, averages and moments of Adam, and no others."""
+        expected = {f"average.{i}": x.shape for i, x in enumerate(self.average)}
+        for i, p in enumerate(self.parameters):
+            expected[f"parameter.{i}"] = p.shape
+            if f"optimiser.{i}.step" in tensors:
+                expected[f"optimiser.{i}.step"] = torch.Size()
+                expected |= {f"optimiser.{i}.{m}": p.shape for m in ("exp_avg", "exp_avg_sq")}
+        own = {
+            name: x.shape
+            for name, x in tensors.items()
+            if name.startswith(("parameter.", "optimiser.", "average.")) and x.is_floating_point()
+        }
+        return own == expected
 
 
 def _is_large(pool: SyntheticPool, device: torch.device) -> bool:
@@ -707,11 +728,16 @@ def meta_train(
 
     if state is not None and state.exists():
         saved = trainer.restore(state)
-        validation = {int(s): v for s, v in saved["validation"].tolist()}
-        if "best" in saved:
-            step, score = saved["best"].tolist()
-            count = sum(name.startswith("best.") for name in saved)
-            best = (int(step), score, [saved[f"best.{i}"] for i in range(count)])
+        try:
+            validation = {int(s): v for s, v in saved["validation"].tolist()}
+            if "best" in saved:
+                step, score = saved["best"].tolist()
+                count = sum(name.startswith("best.") for name in saved)
+                best = (int(step), score, [saved[f"best.{i}"] for i in range(count)])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"{state}: a checkpoint of another configuration; remove it to restart"
+            ) from None
     while not trainer.done:
         values = trainer.step()
         step = trainer.iteration

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import regex
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -31,10 +32,11 @@ from fastrecycle.files import (
     atomic_open,
     load_safetensors,
     load_torch,
+    parse_json,
     read_json,
     safetensors_content,
 )
-from fastrecycle.lora import TARGETS, Head, LoRA
+from fastrecycle.lora import MAX_BLOCKS, TARGETS, Head, LoRA
 
 if TYPE_CHECKING:
     from fastrecycle.vit import ViT
@@ -156,6 +158,7 @@ _HEAD = re.compile(
 )
 _TEXT = re.compile(r"(?:^|\.)(?:text|text_model|text_projection|token_embedding)(?:\.|$)")
 _PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' stand-in for a missing class name
+_PATTERN_SECONDS = 0.1  # of the processor, for a pattern and a name: microseconds are usual
 _METADATA = "fastrecycle"  # key of depth and real ranks in the safetensors metadata
 
 _Pair = tuple[Tensor, Tensor]  # A (R, d_in), B (d_out, R)
@@ -250,6 +253,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config.get(option)
         if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise ValueError(f"{file}: {option} must be a finite number, got {value!r}")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise ValueError(f"{file}: base_model_name_or_path must be a name, got {base!r}")
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict) or not all(_finite(v) for v in patterns.values()):
@@ -258,7 +264,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -337,7 +346,7 @@ def _locate(module: str) -> dict[str, _Place]:
     for name, layout in LAYOUTS.items():
         known = {m: t for t, m in layout.modules.items()} | layout.also
         match = re.fullmatch(
-            rf"(?P<prefix>(?:\w+\.)*?){re.escape(layout.blocks)}\.(?P<block>\d+)\.(?P<in>.+)",
+            rf"(?P<prefix>(?:\w+\.)*?){re.escape(layout.blocks)}\.(?P<block>\d{{1,4}})\.(?P<in>.+)",
             module,
         )
         if match and match["in"] in known:
@@ -372,6 +381,11 @@ def _place(
             text.append(module)  # open_clip's text tower has no name of its own beside `visual`
         else:
             placed[module] = place
+    beyond = [module for module, place in placed.items() if place.block >= MAX_BLOCKS]
+    if beyond:
+        raise ValueError(
+            f"{path}: LoRA on {_some(beyond)}; backbones of up to {MAX_BLOCKS} blocks are read"
+        )
     if unknown:
         raise ValueError(
             f"{path}: LoRA on unknown modules {_some(unknown)}; known are {_known_targets()}"
@@ -404,8 +418,11 @@ def _own_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         own = json.loads(metadata[_METADATA])
         ranks = {t: [int(r) for r in own["ranks"][t]] for t in own["ranks"]}
-        return {"depth": int(own["depth"]), "ranks": ranks}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        depth = int(own["depth"])
+        if depth > MAX_BLOCKS or any(r < 0 for row in ranks.values() for r in row):
+            raise ValueError
+        return {"depth": depth, "ranks": ranks}
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{path}: damaged metadata in adapter_model.safetensors") from None
 
 
@@ -495,17 +512,24 @@ def _scale(path: Path, config: Mapping[str, Any], module: str, a: Tensor, b: Ten
             f"{path}: {module} has rank {a.shape[0]}, adapter_config.json says {rank}; config and"
             " weights do not belong together"
         )
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if abs(scale) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{path}: {module} has alpha {alpha:.3g}, a scale beyond float32")
+    return scale
 
 
 def _pattern(path: Path, patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     """PEFT's rule: the first pattern that matches the end of the name, else the default."""
     for key, value in (patterns or {}).items():
         try:
-            if re.match(rf"(.*\.)?({key})$", name):
+            # somebody else's pattern: re would take years over some
+            if regex.match(rf"(.*\.)?({key})$", name, timeout=_PATTERN_SECONDS):
                 return value
-        except re.error as error:
-            raise ValueError(f"{path}: pattern {key!r} of adapter_config.json: {error}") from None
+        except (regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
+            raise ValueError(
+                f"{path}: pattern {key[:80]!r} of adapter_config.json:"
+                f" {error or type(error).__name__}"
+            ) from None
     return default
 
 
@@ -629,10 +653,8 @@ def _read_head(
             )
         head = beside
         if "class_names" in metadata:
-            try:
-                names = _names(file, json.loads(metadata["class_names"]))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}: class_names must be a JSON list, {error}") from None
+            told = parse_json(metadata["class_names"], f"{file}: class_names must be a JSON list")
+            names = _names(file, told)
     elif head is not None and _base_class(config) in (
         "CLIPForImageClassification", "SiglipForImageClassification"
     ):  # fmt: skip

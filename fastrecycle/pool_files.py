@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrecycle.files import (
     Folder,
     load_safetensors,
+    parse_json,
     safetensors_content,
     save_safetensors,
     tensors_sha256,
@@ -84,7 +85,10 @@ class TaskImages:
         tensors, metadata = load_safetensors(path)
         if "fastrecycle.task" not in metadata or not set(tensors) >= _NEEDED:
             raise ValueError(f"{path}: not a file of a synthetic pool; expected {sorted(_NEEDED)}")
-        meta = json.loads(metadata["fastrecycle.task"])
+        meta = parse_json(metadata["fastrecycle.task"], f"{path}: fastrecycle.task must be JSON")
+        wrong = _task_problem(meta) or _tensors_problem(tensors, meta)
+        if wrong:
+            raise ValueError(f"{path}: not a file of a synthetic pool; {wrong}")
         names = meta["class_names"]
         part = TaskImages(
             task=meta["task"],
@@ -100,6 +104,60 @@ class TaskImages:
         if "digest" in meta:  # reckoned when it was written
             part.__dict__["digest"] = meta["digest"]
         return part
+
+
+def _task_problem(meta: Any) -> str | None:
+    """What is wrong with a file's description, where something is."""
+    if not isinstance(meta, dict):
+        return f"its description must be a table, got {type(meta).__name__}"
+    for key in ("task", "survivors"):
+        if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31:
+            return f"{key} must be a count, got {meta.get(key)!r}"
+    if not isinstance(meta.get("name", 0), str | None):
+        return f"name must be text or null, got {meta.get('name')!r}"
+    if not isinstance(meta.get("digest", ""), str):
+        return f"digest must be text, got {meta['digest']!r}"
+    names = meta.get("class_names", 0)
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        return f"class_names must be a list of texts or null, got {names!r}"
+    return None
+
+
+def _tensors_problem(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file's tensors, where something is."""
+    images, labels, order, logits = (
+        tensors[name] for name in ("images", "labels", "order", "teacher_logits")
+    )
+    m = len(images) if images.ndim else 0
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, images.shape[-1], images.shape[-1]):
+        return f"images must be (m, 3, S, S) uint8, got {tuple(images.shape)} {images.dtype}"
+    whole = {torch.int32, torch.int64}
+    if labels.shape != (m,) or labels.dtype not in whole or not m:
+        return f"labels must be ({m},) integers, got {tuple(labels.shape)} {labels.dtype}"
+    if logits.ndim != 2 or len(logits) != m or not logits.is_floating_point():
+        return f"teacher_logits must be ({m}, classes) floats, got {tuple(logits.shape)}"
+    classes = logits.shape[1]
+    if not torch.isfinite(logits).all():
+        return "teacher_logits hold NaN or infinity"
+    if labels.min() < 0 or labels.max() >= classes:
+        return f"labels must be in [0, {classes})"
+    if meta["class_names"] and len(meta["class_names"]) != classes:
+        return f"{len(meta['class_names'])} class names for {classes} classes"
+    if order.ndim != 2 or len(order) != m or order.dtype not in whole:
+        return f"order must be ({m}, n) integers, got {tuple(order.shape)} {order.dtype}"
+    text = tensors.get("text")
+    if text is not None and not (
+        text.ndim == 2 and len(text) == classes and torch.isfinite(text).all()
+    ):
+        return f"text must be ({classes}, features) numbers, got {tuple(text.shape)}"
+    n = order.shape[1]
+    if not 1 <= meta["survivors"] <= n:
+        return f"survivors must be in [1, {n}], got {meta['survivors']}"
+    if not torch.equal(order.sort(1).values.long(), torch.arange(n).expand(m, n)):
+        return f"each row of order must hold 0 to {n - 1} once"
+    return None
 
 
 @dataclass(frozen=True)
@@ -197,8 +255,14 @@ class PoolFiles(Sequence[TaskImages]):
         known = self._by_task
         if not known and sizes:
             index = self.folder.read_json(INDEX, {})
-            if index.get("version") == _VERSION:
-                known = {e.task: e for e in map(Entry.read, index["parts"])}
+            if isinstance(index, dict) and index.get("version") == _VERSION:
+                try:
+                    known = {e.task: e for e in map(Entry.read, index["parts"])}
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise ValueError(
+                        f"{self.folder.location}/{INDEX}: a damaged index ({error}); remove it, and"
+                        " it is made again"
+                    ) from None
                 self._indexed = len(known)
         self._by_task = {}
         for task, size in sorted(sizes.items()):

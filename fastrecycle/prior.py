@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrecycle import ops
-from fastrecycle.files import load_safetensors, load_torch
+from fastrecycle.files import load_safetensors, load_torch, parse_json
 from fastrecycle.vit_config import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 
@@ -52,6 +52,20 @@ class ResNetSpec:
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        number = lambda x: type(x) in (int, float) and abs(x) < 1e6  # noqa: E731
+        triple = lambda x: type(x) is tuple and len(x) == 3 and all(map(number, x))  # noqa: E731
+        for name, good, expected in (
+            ("stride_in", self.stride_in in ("conv1", "conv2"), '"conv1" or "conv2"'),
+            ("eps", number(self.eps) and self.eps >= 0, "a number of at least 0"),
+            ("stem_stride", self.stem_stride in (1, 2, 4), "1, 2 or 4"),
+            ("maxpool", type(self.maxpool) is bool, "true or false"),
+            ("mean", triple(self.mean), "3 numbers"),
+            ("std", triple(self.std) and min(self.std) > 0, "3 numbers above 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: must be {expected}, got {getattr(self, name)!r}")
+
 
 class ResNetPrior(nn.Module):
     """A ResNet in torchvision's names, from the stem as far as its state dict goes.
@@ -73,6 +87,19 @@ class ResNetPrior(nn.Module):
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"prior: {name} holds NaN or infinity")
+            last = name.rpartition(".")[0].rpartition(".")[2]
+            if name.endswith(".weight") and (last.startswith("conv") or last == "0"):
+                if tensor.ndim != 4 or not tensor.numel():
+                    raise ValueError(f"prior: {name} must be a convolution's, got {_size(tensor)}")
+                beside = "bn" + last[4:] if last.startswith("conv") else "1"
+                bn = name.removesuffix(f"{last}.weight") + beside
+                for part in ("running_mean", "running_var", "weight", "bias"):
+                    found = tensors.get(f"{bn}.{part}")
+                    if found is None or found.shape != tensor.shape[:1]:
+                        got = "none" if found is None else _size(found)
+                        raise ValueError(
+                            f"prior: {bn}.{part} must be ({len(tensor)},) as {name}, got {got}"
+                        )
             self.register_buffer(name.replace(".", "__"), tensor)
         self.block_names = sorted(
             {m.group(0) for k in tensors if (m := re.match(r"layer\d+\.\d+", k))},
@@ -388,10 +415,18 @@ def load_prior(
         tensors = load_torch(path)
         tensors = tensors.get("state_dict", tensors) if isinstance(tensors, Mapping) else tensors
         if not isinstance(tensors, Mapping) or not all(
-            isinstance(v, Tensor) for v in tensors.values()
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
         ):
             raise ValueError(f"{path}: expected a state dict of tensors")
-    return ResNetPrior(tensors, _spec(path, tensors, metadata, stride_in, eps))
+    try:
+        return ResNetPrior(tensors, _spec(path, tensors, metadata, stride_in, eps))
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(f"{path}: ") else f"{path}: {told}") from None
+
+
+def _size(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)}"
 
 
 def _spec(
@@ -401,7 +436,10 @@ def _spec(
     stride_in: Literal["conv1", "conv2"] | None,
     eps: float | None,
 ) -> ResNetSpec:
-    told = json.loads(metadata.get("fastrecycle.prior", "{}"))
+    expected = f"{path}: fastrecycle.prior must be an object of ResNetSpec's fields"
+    told = parse_json(metadata.get("fastrecycle.prior", "{}"), expected)
+    if not isinstance(told, dict):
+        raise ValueError(f"{expected}, got {type(told).__name__}")
     if stride_in is not None:
         told["stride_in"] = stride_in
     if eps is not None:

@@ -88,7 +88,9 @@ class RunFolder:
                 )
         else:
             write_json(path, {**manifest, "versions": versions()})
-        remove_unfinished(self.folder)
+        # a run writes into folders below its own too, such as meta_lora
+        for place in (self.folder, *(p for p in self.folder.iterdir() if p.is_dir())):
+            remove_unfinished(place)
         self.log = self.folder / "metrics.jsonl"
         if self.log.exists():
             # a full disk may have cut the last line short

@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # before any kernel is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the smallest machine of the checks has two processors, and `-n 2` gives each process one
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+# The same examples in every run, few enough for each change; `--hypothesis-profile=deep` searches.
+_ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": False}
+settings.register_profile("fast", max_examples=100, derandomize=True, database=None, **_ANY)
+settings.register_profile("deep", max_examples=20_000, **_ANY)
+settings.load_profile("fast")
 
 
 def pytest_runtest_setup(item):

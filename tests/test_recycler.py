@@ -71,7 +71,7 @@ def whole(tmp_path_factory):
 
 def results(out):
     """SHA-256 of every file that a run promises, by its path in the run's folder."""
-    found = [*out.glob("pool/task-*.safetensors"), *out.glob("meta_lora/*")]
+    found = [*out.glob("pool/task-*.safetensors"), *out.glob("meta_lora/*"), *out.glob("vit.*")]
     return {str(p.relative_to(out)): sha256(p) for p in found}
 
 
@@ -351,6 +351,14 @@ def test_cut_last_line_of_the_metrics_is_dropped(tmp_path):
     folder.metrics("invert", 3, {"loss": 1.0})
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3]
+
+
+def test_copy_that_a_kill_left_in_a_folder_below_is_removed(tmp_path):
+    (tmp_path / "meta_lora").mkdir()
+    left = tmp_path / "meta_lora" / ".adapter_config.json.2v3cizi2.tmp"
+    left.write_text("{")
+    run.RunFolder(tmp_path, {"seed": 0})
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("unfinished", [True, False])
