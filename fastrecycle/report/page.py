@@ -1,4 +1,4 @@
-"""report.html: a run as one self-contained page, made from what `sections` finds in it."""
+"""report.html: a run as one self-contained page, put together of its sections."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import fastrecycle
 from fastrecycle.files import atomic_write
-from fastrecycle.report import sections
+from fastrecycle.report import image_sections, network_sections, sections
 from fastrecycle.report.contents import RunContents, read_run, sibling_without_prior
 from fastrecycle.report.network import Projection, check_projection, load_networks
+from fastrecycle.report.parts import Section
 from fastrecycle.report.small_cnn import load_cnn
 
 Say = Callable[[str], None]
@@ -73,12 +73,12 @@ def write_page(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         absent = " ".join(str(error).split())
         say(f"without the run's networks: {absent}")
-    parts: list[sections.Section | None] = [
-        sections.synthetic(run),
-        sections.beside_runs(run, others),
-        sections.beside_cnn(run, cnn, others, options, say),
-        sections.projected(run, networks, absent, options, say),
-        sections.kept_over_layers(run, networks, absent, say),
+    parts: list[Section | None] = [
+        image_sections.synthetic(run),
+        image_sections.beside_runs(run, others),
+        image_sections.beside_cnn(run, cnn, others, options, say),
+        network_sections.projected(run, networks, absent, options, say),
+        network_sections.kept_over_layers(run, networks, absent, say),
         sections.curves(run),
         sections.accuracy(run),
         sections.cost(run, networks),
@@ -89,7 +89,7 @@ def write_page(
     return path
 
 
-def render(run: RunContents, parts: Sequence[Any]) -> str:
+def render(run: RunContents, parts: Sequence[Section]) -> str:
     """The page's text."""
     from jinja2 import Environment, StrictUndefined
 
