@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -10,6 +12,8 @@ from fastrecycle import tables
 from fastrecycle.cli import main
 from fastrecycle.tables import stages
 from fastrecycle.tables.build import Builder
+from fastrecycle.tables.layout import MAIN
+from fastrecycle.tables.recipes import Method, Score, Tasks
 from fastrecycle.tables.render import CSV_HEAD
 
 pytest.importorskip("nevergrad")
@@ -153,6 +157,34 @@ def test_stops_before_a_stage_that_would_not_fit(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert report("table9", tmp_path, "--minutes", "10") == 0
     assert {line["status"] for line in read_csv(tmp_path / "tables", "table9")} == {"done"}
+
+
+def test_waits_for_the_process_that_makes_a_stage(tmp_path):
+    shared, record = tables.Store(tmp_path), {"accuracy": 0.5}
+    recipe = Score(Method("nn", MAIN), Tasks("cifar_fs", "test", 5, 1, 3, 4))
+    here = stages.Stages(tables.toy_world(), shared)
+    key, begun = here.key(recipe), threading.Event()
+
+    def elsewhere():
+        with shared.claim(key):
+            begun.set()
+            time.sleep(0.3)
+            shared.finish(key, record)
+
+    other = threading.Thread(target=elsewhere)
+    other.start()
+    begun.wait()
+    assert here.recorded(recipe, lambda: pytest.fail("made twice")) == record
+    other.join()
+    assert here.ran == []
+
+
+def test_does_not_wait_longer_than_its_time(tmp_path):
+    shared = tables.Store(tmp_path)
+    recipe = Score(Method("nn", MAIN), Tasks("cifar_fs", "test", 5, 1, 3, 4))
+    here = stages.Stages(tables.toy_world(), shared, minutes=0.002)
+    with shared.claim(here.key(recipe)), pytest.raises(stages.OutOfTime, match="nn at 1-shot"):
+        here.recorded(recipe, dict)
 
 
 def test_expects_what_stages_of_a_kind_took(store):

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from filelock import Timeout
+
 from fastrecycle import run as runs
 from fastrecycle.baselines import CAMLNetwork, train_caml
 from fastrecycle.lora import LoRA, LoRABank
@@ -175,26 +177,39 @@ class Stages:
         if not self.store.has(key):
             for part in parts(recipe):
                 self._part(part)  # their time is theirs
-            self._check_time(recipe)
-            log.info("%s: %s", key, describe(recipe))
-            start = time.perf_counter()
-            left = make()
-            seconds = time.perf_counter() - start
-            self.world.empty_cache()
-            self.store.finish(key, {
-                **left,
-                "recipe": plain(recipe), "inputs": self._inputs(recipe), "seconds": seconds,
-                "work": work(recipe), "like": _like(recipe),
-                "setting": self.world.setting(label_of(recipe)),
-                "versions": runs.versions(),
-            })  # fmt: skip
-            self.ran.append(key)
+            self._claimed(recipe, key, make)
         found = read()
         if isinstance(found, SyntheticPool):  # one pool at a time: they are large
             self._loaded = {k: v for k, v in self._loaded.items() if not k.startswith("pool-")}
         if found is not None:
             self._loaded[key] = found
         return found
+
+    def _claimed(self, recipe: Any, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Make a stage, or wait for the process that is making it."""
+        left = None if self.until is None else max(0.0, self.until - time.monotonic())
+        try:
+            with self.store.claim(key, left):
+                if not self.store.has(key):
+                    self._check_time(recipe)
+                    self._make(recipe, key, make)
+        except Timeout:
+            raise OutOfTime(describe(recipe), self.expected(recipe), 0.0) from None
+
+    def _make(self, recipe: Any, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        log.info("%s: %s", key, describe(recipe))
+        start = time.perf_counter()
+        left = make()
+        seconds = time.perf_counter() - start
+        self.world.empty_cache()
+        self.store.finish(key, {
+            **left,
+            "recipe": plain(recipe), "inputs": self._inputs(recipe), "seconds": seconds,
+            "work": work(recipe), "like": _like(recipe),
+            "setting": self.world.setting(label_of(recipe)),
+            "versions": runs.versions(),
+        })  # fmt: skip
+        self.ran.append(key)
 
     def _part(self, recipe: Any) -> None:
         makers: dict[type, Callable[[Any], Any]] = {

@@ -2,6 +2,7 @@
 
     stages/KEY/       a bank, pool, meta-LoRA or model: large, may stay where it was made
     done/KEY.json     recipe, seconds and work of a finished stage; choices and scores live here
+    claims/KEY.lock   held by the process that makes a stage, so that several share one store
     plans/TABLE-SCALE.json  which score stands in which cell of a table
 
 A table is rendered from done/ and plans/ alone, some kilobytes a cell.
@@ -12,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from fastrecycle.files import read_json, write_json
 
@@ -45,6 +48,19 @@ class Store:
         """Whether a stage is finished and its files, where it has any, are here."""
         whole = key.startswith(("choice-", "score-")) or self.folder(key).is_dir()
         return whole and (self.root / "done" / f"{key}.json").is_file()
+
+    def claim(self, key: str, timeout: float | None = None) -> FileLock:
+        """The lock under which one process at a time makes a stage; a killed one lets go.
+
+        Args:
+            key: of the stage.
+            timeout: seconds to wait for another process; None waits for as long as it takes.
+                Past it entering the lock raises `filelock.Timeout`.
+
+        """
+        path = self.root / "claims" / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, timeout=-1 if timeout is None else timeout)
 
     def finish(self, key: str, record: dict[str, Any]) -> None:
         """Note that a stage is finished, last of all."""
