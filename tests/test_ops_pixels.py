@@ -376,10 +376,13 @@ class TestGPU:
             [images], lr=rate(0.05), betas=(0.5, 0.99), capturable=True, fused=True
         )
         low, high = (torch.tensor(v, device=DEVICE)[:, None, None] for v in (LOW, HIGH))
-        factor = torch.tensor(STD, device=DEVICE) / torch.tensor(PRIOR_STD, device=DEVICE)
+        factor = [a / b for a, b in zip(STD, PRIOR_STD, strict=True)]
+        factor = torch.tensor(factor, device=DEVICE)[:, None, None].double()
         for i in range(5):
             turn, flows = jitter(shape[0], i), flows_of(*shape, i, dtype)
-            both = flows[0].float() + factor[:, None, None] * flows[1].view_as(flows[0]).float()
+            # One rounding, as a multiply-add: where both flows cancel, two leave another sign, and
+            # Adam's first steps are the gradient's sign.
+            both = (flows[0] + factor * flows[1].view_as(flows[0])).float()
             both = torch.where(turn[1][:, None, None, None, None], both.flip(-1), both)
             images.grad = turned(both, -turn[0], torch.zeros_like(turn[1]))
             adam.step()
