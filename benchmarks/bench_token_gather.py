@@ -28,15 +28,18 @@ BF16 = torch.bfloat16 if on_gpu() else torch.float32  # the interpreter's bf16 i
 @contextmanager
 def cut(rows: int, columns: int, warps: int):
     """Other launch constants than the file's."""
-    before = kernels.ROWS, kernels.COLUMNS, kernels.WARPS
-    kernels.ROWS, kernels.COLUMNS, kernels.WARPS = rows, columns, warps
+    names = [f"{back}{name}" for back in ("", "BACK_") for name in ("ROWS", "COLUMNS", "WARPS")]
+    before = [getattr(kernels, name) for name in names]
+    for name, value in zip(names, 2 * (rows, columns, warps)):
+        setattr(kernels, name, value)
     try:
         yield
     finally:
-        kernels.ROWS, kernels.COLUMNS, kernels.WARPS = before
+        for name, value in zip(names, before):
+            setattr(kernels, name, value)
 
 
-CUTS = [(8, 256, 4), (16, 256, 4), (32, 256, 4), (32, 256, 8), (8, 512, 4), (4, 1024, 4)]
+CUTS = [(8, 256, 4), (16, 256, 4), (32, 256, 4), (8, 256, 2), (4, 1024, 4), (4, 1024, 2)]
 SMALL_CUTS = [(16, 256, 4)]
 
 

@@ -465,9 +465,15 @@ def attention(
         from fastrecycle_kernels.attention import packed_attention as kernel
 
         return kernel(qkv, queries=queries, with_scores=with_scores)
+    kind = qkv.device.type
+    if torch.is_autocast_enabled(kind):
+        qkv = qkv.to(torch.get_autocast_dtype(kind))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
     scores = reference.cls_scores(q[:, :, 0], k).detach() if with_scores else None
-    y = torch.nn.functional.scaled_dot_product_attention(q[:, :, :queries], k, v)
+    # Under autocast PyTorch's softmax inside returns float32, and under vmap its gradient then
+    # does not take bfloat16.
+    with torch.autocast(kind, enabled=False):
+        y = torch.nn.functional.scaled_dot_product_attention(q[:, :, :queries], k, v)
     return y.transpose(1, 2).flatten(2), scores
 
 

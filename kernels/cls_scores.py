@@ -7,6 +7,11 @@ top_patches: the `count` highest of each row in ascending order. Patch i has ran
              the place given by a cumulative sum: no sort, ties fall to the earlier patch.
 Neither has a gradient: pruning carries none.
 
+Two ways. In half precision on a GPU one program an image multiplies its keys with a block diagonal
+of its queries, (N, H d) @ (H d, H): tensor cores add up what the keys' stream brings, and the
+softmaxes of all heads are in one place. Else a program takes a group of heads, one after the other,
+and a second kernel adds the groups.
+
 B images, N tokens, H heads, d head width, S groups of heads.
 """
 
@@ -19,9 +24,12 @@ from torch import Tensor
 
 LONGEST = 4096  # tokens of an image: its logits of one head are held by one program
 TILE = 16384  # keys held by a program: tokens times a slice of the head width
-RANK_TILE = 4096  # comparisons of one step: tokens times those that they are compared with
+RANK_TILE = 8192  # comparisons of one step: tokens times those that they are compared with
 WARPS = 4
 ALONE = 256  # images from which one program each fills the chip; below, heads are split
+ALL = 0  # in place of a group: all heads at once, by tensor cores
+FEWEST_ALL = 64  # images from which that wins
+LONGEST_ALL = 1024  # tokens of an image up to which they do
 
 
 @triton.jit
@@ -98,6 +106,58 @@ def _scores(
 
 
 @triton.jit
+def _scores_all(
+    q, k, starts, scores, kept, tokens, heads, prefix, count,
+    q_image, q_head, k_image, k_head, k_token,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, TOP: tl.constexpr,
+    FLAT: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    SLICE: tl.constexpr, RANKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All heads of one image. FLAT: they follow one another; COLUMNS: heads times width."""
+    image = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        start = tl.load(starts + image).to(tl.int64)
+        length = (tl.load(starts + image + 1) - start).to(tl.int32)
+        k += start * k_token
+        scores += start
+    else:
+        length = tokens
+        k += image * k_image
+        scores += image * tokens
+    q += image * q_image
+    n, h = tl.arange(0, TOKENS), tl.arange(0, HEADS)
+    inside = n < length
+    rows = k + n.to(tl.int64)[:, None] * k_token
+    logits = tl.zeros((TOKENS, HEADS), tl.float32)
+    for begin in tl.range(0, COLUMNS, SLICE, num_stages=STAGES):
+        column = begin + tl.arange(0, SLICE)
+        head = column // WIDTH
+        if FLAT:
+            at_key, at_query = column, column
+        else:
+            at_key = head * k_head + column % WIDTH
+            at_query = head * q_head + column % WIDTH
+        if COLUMNS % SLICE == 0:
+            keys = tl.load(rows + at_key[None, :], mask=inside[:, None], other=0.0)
+            query = tl.load(q + at_query)
+        else:
+            there = column < COLUMNS
+            keys = tl.load(rows + at_key[None, :], mask=inside[:, None] & there[None, :], other=0.0)
+            query = tl.load(q + at_query, mask=there, other=0.0)
+        spread = tl.where(head[:, None] == h[None, :], query[:, None], 0.0).to(keys.dtype)
+        logits = tl.dot(keys, spread, logits, input_precision="ieee")
+    logits = tl.where(inside[:, None], logits * SCALE, float("-inf"))
+    weight = tl.exp(logits - tl.max(logits, 0)[None, :])
+    share = tl.where(h < heads, 1 / tl.sum(weight, 0), 0.0)
+    total = tl.sum(weight * share[None, :], 1) / heads
+    tl.store(scores + n, total, mask=inside)
+    if TOP:
+        tl.debug_barrier()  # other threads' scores are read back
+        kept += image * count
+        _keep_top(scores, kept, total, tokens, prefix, count, 1, TOKENS, RANKED)
+
+
+@triton.jit
 def _add_groups(
     parts, scores, kept, groups, tokens, prefix, count, image_stride, group_stride, token_stride,
     TOP: tl.constexpr, WRITE: tl.constexpr, SUM: tl.constexpr, TOKENS: tl.constexpr,
@@ -146,11 +206,15 @@ def _launch_scores(
     group: int,
     top: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores (S, T) or (B, S, N) of groups of heads; with `top`, (count, prefix), the kept too."""
+    """Scores (S, T) or (B, S, N) of groups of heads; with `top`, (count, prefix), the kept too.
+
+    S is 1 for the group `ALL`.
+    """
     images, heads, width = q.shape
     q = q if q.stride(2) == 1 else q.contiguous()
     k = k if k.stride(-1) == 1 else k.contiguous()
-    groups = triton.cdiv(heads, group)
+    groups = 1 if group == ALL else triton.cdiv(heads, group)
+    top = top if groups == 1 else None
     dtype, accumulate = _sum(q.dtype)
     shape = (groups, k.shape[0]) if starts is not None else (images, groups, longest)
     scores = torch.empty(shape, dtype=dtype, device=k.device)
@@ -162,14 +226,27 @@ def _launch_scores(
     else:
         k_image, k_head, k_token = k.stride()[:3]
     block = _block(longest)
-    if images and longest:
+    arguments = (
+        q, k, starts, scores, kept, tokens, heads, prefix, count,
+        q.stride(0), q.stride(1), k_image, k_head, k_token,
+    )  # fmt: skip
+    constants = {
+        "SCALE": width**-0.5, "WIDTH": width, "PACKED": starts is not None, "TOP": top is not None,
+        "TOKENS": block, "RANKED": max(1, RANK_TILE // block),
+    }  # fmt: skip
+    if not (images and longest):
+        pass
+    elif group == ALL:
+        _scores_all[(images,)](
+            *arguments, **constants, FLAT=q.stride(1) == k_head == width, COLUMNS=heads * width,
+            HEADS=max(16, triton.next_power_of_2(heads)), SLICE=max(16, min(64, TILE // block)),
+            STAGES=2 if images >= ALONE else 3, num_warps=WARPS if block <= 256 else 2 * WARPS,
+        )  # fmt: skip
+    else:
         _scores[(images, groups)](
-            q, k, starts, scores, kept, tokens, heads, prefix, count,
-            q.stride(0), q.stride(1), k_image, k_head, k_token,
-            SCALE=width**-0.5, WIDTH=width, PACKED=starts is not None, TOP=top is not None,
-            SUM=accumulate, GROUP=group, TOKENS=block,
+            *arguments, **constants, SUM=accumulate, GROUP=group,
             SLICE=max(8, min(triton.next_power_of_2(width), TILE // block)),
-            RANKED=max(1, RANK_TILE // block), num_warps=WARPS if block <= 256 else 2 * WARPS,
+            num_warps=WARPS if block <= 256 else 2 * WARPS,
         )  # fmt: skip
     return scores, kept
 
@@ -193,9 +270,18 @@ def _launch_add(
     return scores, kept
 
 
-def _group(images: int, heads: int) -> int:
-    """Heads of a program: all of an image, where images alone fill the chip."""
+def _group(q: Tensor, longest: int) -> int:
+    """Heads of a program: all of an image at once, or where images alone fill the chip."""
+    images, heads = q.shape[:2]
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if half and images >= FEWEST_ALL and longest <= LONGEST_ALL:
+        return ALL
     return heads if images >= ALONE else 1
+
+
+def _checked(group: int | None, q: Tensor, longest: int) -> int:
+    """Heads of a program as asked for, or the launch table's."""
+    return _group(q, longest) if group is None else min(group, q.shape[1])
 
 
 # ------------------------------------------------------------------ operators
@@ -233,10 +319,9 @@ def _cls_top_patches(
 ) -> tuple[Tensor, Tensor]:
     top = (count, prefix)
     with torch.cuda.device_of(k):
-        if group >= q_cls.shape[1]:
-            scores, kept = _launch_scores(q_cls, k, None, k.shape[2], group, top)
+        scores, kept = _launch_scores(q_cls, k, None, k.shape[2], group, top)
+        if scores.shape[1] == 1:
             return scores.squeeze(1), kept
-        scores, _ = _launch_scores(q_cls, k, None, k.shape[2], group)
         return _launch_add(scores, True, top)
 
 
@@ -270,7 +355,8 @@ def cls_scores(q_cls: Tensor, k: Tensor, *, group: int | None = None) -> Tensor:
 
     Args:
         q_cls: (B, H, d); k: (B, H, N, d): views with any strides, read in place.
-        group: heads of one program; None for the launch table's.
+        group: heads of one program, 0 for all at once by tensor cores (float32 or narrower, at most
+            1024 tokens); None for the launch table's.
 
     Returns:
         (B, N) float32 (float64 for float64 input), rows sum to 1.
@@ -280,8 +366,7 @@ def cls_scores(q_cls: Tensor, k: Tensor, *, group: int | None = None) -> Tensor:
 
     """
     _check_length(k.shape[2])
-    group = group or _group(*q_cls.shape[:2])
-    return _cls_scores(q_cls.detach(), k.detach(), min(group, q_cls.shape[1]))
+    return _cls_scores(q_cls.detach(), k.detach(), _checked(group, q_cls, k.shape[2]))
 
 
 def cls_scores_packed(
@@ -304,10 +389,8 @@ def cls_scores_packed(
 
     """
     _check_length(longest)
-    group = group or _group(*q_cls.shape[:2])
-    return _cls_scores_packed(
-        q_cls.detach(), k.detach(), cu_seqlens, longest, min(group, q_cls.shape[1])
-    )
+    group = _checked(group, q_cls, longest)
+    return _cls_scores_packed(q_cls.detach(), k.detach(), cu_seqlens, longest, group)
 
 
 def cls_top_patches(
@@ -326,8 +409,8 @@ def cls_top_patches(
     patches = k.shape[2] - prefix
     if not 1 <= count <= patches:
         raise ValueError(f"top_patches: count must be in [1, {patches}], got {count}")
-    group = group or _group(*q_cls.shape[:2])
-    return _cls_top_patches(q_cls.detach(), k.detach(), count, prefix, min(group, q_cls.shape[1]))
+    group = _checked(group, q_cls, k.shape[2])
+    return _cls_top_patches(q_cls.detach(), k.detach(), count, prefix, group)
 
 
 def top_patches(scores: Tensor, count: int) -> Tensor:

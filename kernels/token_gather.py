@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, WARPS = 16, 4  # tokens of a program and its warps
+ROWS, WARPS = 8, 4  # tokens of a program and its warps
 COLUMNS = 256  # numbers of each of them, at most
+# The same where tokens go back: the index is searched once for all numbers of a token.
+BACK_ROWS, BACK_WARPS, BACK_COLUMNS = 4, 2, 1024
 
 
 @triton.jit
@@ -187,20 +189,23 @@ def _launch_gather(x: Tensor, index: Tensor, patch: int, dtype: torch.dtype) -> 
 def _launch_scatter(dy: Tensor, index: Tensor, dx: Tensor, patch: int) -> Tensor:
     dy, index = dy.contiguous(), index.contiguous()
     tokens, width, grid, strides = _layout(dx, patch)
-    columns, rows = _columns(width), dx.shape[0] * tokens
+    rows, per_program, columns, warps = dx.shape[0] * tokens, ROWS, _columns(width), WARPS
+    if patch == 0 and index.ndim == 2:
+        per_program, warps = BACK_ROWS, BACK_WARPS
+        columns = min(BACK_COLUMNS, triton.next_power_of_2(width))
     common = dict(
         PATCH=patch, SUM=tl.float64 if dx.dtype == torch.float64 else tl.float32,
-        ROWS=ROWS, COLUMNS=columns, num_warps=WARPS,
+        ROWS=per_program, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     if rows == 0:
         return dx
     if index.ndim == 1:
         ordered, order = torch.sort(index, stable=True)
-        _scatter_ordered[(triton.cdiv(rows, ROWS), triton.cdiv(width, columns))](
+        _scatter_ordered[(triton.cdiv(rows, per_program), triton.cdiv(width, columns))](
             dy, ordered, order, dx, len(index), rows, tokens, width, grid, *strides, **common
         )
     else:
-        kept, blocks = index.shape[1], triton.cdiv(tokens, ROWS)
+        kept, blocks = index.shape[1], triton.cdiv(tokens, per_program)
         scan = min(256, triton.next_power_of_2(max(kept, 16)))
         _scatter[(dx.shape[0] * blocks, triton.cdiv(width, columns))](
             dy, index, dx, blocks, kept, tokens, width, grid, *strides, SCAN=scan, **common

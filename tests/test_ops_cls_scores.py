@@ -36,7 +36,8 @@ def queries_and_keys(images, tokens, heads, width, seed=0, dtype=torch.float32):
 # ------------------------------------------------------------------ scores
 
 
-@pytest.mark.parametrize("group", [None, 1, 2, 3])  # 3: the last group is smaller
+# 0: all heads at once; 3: the last group is smaller
+@pytest.mark.parametrize("group", [None, 0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("images", "tokens", "heads", "width"),
     [(2, 197, 2, 64), (3, 5, 4, 8), (1, 1, 3, 16), (2, 70, 5, 24), (1, 600, 2, 16)],
@@ -56,17 +57,19 @@ def test_cls_scores_match_reference_in_every_dtype(dtype):
     torch.testing.assert_close(got, want, **tolerance)
 
 
-def test_cls_scores_take_any_memory():
+@pytest.mark.parametrize("group", [0, 1])
+def test_cls_scores_take_any_memory(group):
     q, k = randn(2, 3, 16), randn(2, 3, 20, 16, seed=1)
     want = reference.cls_scores(q, k)
     for keys in (k, k.transpose(1, 2).contiguous().transpose(1, 2), k.mT.contiguous().mT):
-        torch.testing.assert_close(kernels.cls_scores(q, keys), want, **F32)
+        torch.testing.assert_close(kernels.cls_scores(q, keys, group=group), want, **F32)
     apart = q.mT.contiguous().mT
-    torch.testing.assert_close(kernels.cls_scores(apart, k), want, **F32)
+    torch.testing.assert_close(kernels.cls_scores(apart, k, group=group), want, **F32)
 
 
-def test_cls_scores_of_extreme_logits_are_finite():
-    scores = kernels.cls_scores(1e4 * randn(1, 2, 16), randn(1, 2, 9, 16, seed=1))
+@pytest.mark.parametrize("group", [0, 1])
+def test_cls_scores_of_extreme_logits_are_finite(group):
+    scores = kernels.cls_scores(1e4 * randn(1, 2, 16), randn(1, 2, 9, 16, seed=1), group=group)
     assert scores.isfinite().all()
     assert scores.sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -88,7 +91,7 @@ def test_cls_scores_carry_no_gradient():
 LENGTHS = (5, 1, 37, 2)
 
 
-@pytest.mark.parametrize("group", [None, 1, 2, 3])
+@pytest.mark.parametrize("group", [None, 0, 1, 2, 3])
 def test_cls_scores_packed_match_each_image_alone(group):
     starts = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=DEVICE)
     _, k, _ = randn(sum(LENGTHS), 3, 3, 16).unbind(1)  # a view of packed (T, 3, H, d)
@@ -132,7 +135,7 @@ def test_top_patches_order_all_numbers():
         assert torch.equal(kernels.top_patches(scores, count), top_patches(scores, count))
 
 
-@pytest.mark.parametrize("group", [1, 2, 4])  # 4: scores and choice in one kernel
+@pytest.mark.parametrize("group", [0, 1, 2, 4])  # 0, 4: scores and choice in one kernel
 @pytest.mark.parametrize("prefix", [1, 2])
 def test_cls_top_patches_match_scores_and_choice(group, prefix):
     q, k = queries_and_keys(3, 37, 4, 16)
@@ -160,7 +163,7 @@ def test_cls_scores_are_proper_operators():
     q, k = queries_and_keys(2, 9, 2, 8)
     starts = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
     packed = randn(9, 2, 8)
-    for group in (1, 2):
+    for group in (0, 1, 2):
         torch.library.opcheck(kernels._cls_scores, (q, k, group))
         torch.library.opcheck(kernels._cls_scores_packed, (q, packed, starts, 9, group))
         torch.library.opcheck(kernels._cls_top_patches, (q, k, 3, 1, group))
@@ -191,6 +194,10 @@ def launches(arch):
             kernels.cls_scores(q[:, :, 0], k)
             kernels.cls_top_patches(q[:, :, 0], k, 20)
             kernels.cls_top_patches(q[:, :, 0], k, 20, group=12)
+            if dtype == torch.bfloat16:  # what the launch table takes on a GPU
+                kernels.cls_scores(q[:, :, 0], k, group=0)
+                kernels.cls_top_patches(q[:, :, 0], k, 20, group=0)
+                kernels.cls_scores_packed(q[:, :, 0], k[0].transpose(0, 1), starts, 197, group=0)
         kernels.cls_scores_packed(q[:, :, 0], k[0].transpose(0, 1), starts, 197)
     kernels.top_patches(torch.randn(2, 196), 49)
 
@@ -199,7 +206,7 @@ def launches(arch):
 def test_cls_scores_build_for_every_gpu(arch):
     found = aot_launches.compiled_launches("test_ops_cls_scores:launches", arch)
     aot_launches.assert_fit(found)
-    assert {x.kernel for x in found} == {"_scores", "_add_groups"}
+    assert {x.kernel for x in found} == {"_scores", "_scores_all", "_add_groups"}
     # fp32 keys of 197 tokens do not all fit into registers; nothing else is spilled
     assert max(x.stack_bytes or 0 for x in found) <= 128
 
@@ -211,7 +218,7 @@ def test_cls_scores_build_for_every_gpu(arch):
 @on_gpu
 class TestOnGPU:
     @pytest.mark.parametrize("images", [25, 100, 300])
-    @pytest.mark.parametrize("tokens", [50, 197])
+    @pytest.mark.parametrize("tokens", [50, 197, 577])
     def test_bf16_scores_match_reference(self, images, tokens):
         q, k = queries_and_keys(images, tokens, 12, 64, dtype=torch.bfloat16)
         scores, kept = kernels.cls_top_patches(q, k, tokens // 4)

@@ -65,7 +65,7 @@ class LoRALinear(TunedNetwork):
         return self._fresh().parameters + self.rule.parameters(ways, self.vit.config.features)
 
     def _start(self, tasks: int) -> dict[str, Tensor]:
-        lora = self._fresh().to(self.vit.pos_embed)
+        lora = self._fresh().to(self.vit.pos_embed, non_blocking=True)
         factors = {f"a.{t}": x for t, x in lora.a.items()} | {
             f"b.{t}": x for t, x in lora.b.items()
         }
