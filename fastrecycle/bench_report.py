@@ -142,7 +142,7 @@ def plot_steps(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_xticks(range(len(settings)), settings)
     axes.set_ylabel("iterations a second")
     axes.set_title(f"{title}; dotted: the floor", fontsize=10)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     write_figure(figure, path)
 
 
@@ -175,7 +175,8 @@ def _records(results: Path) -> dict[str, list[Record]]:
             f"{results}: no records; make some with `python benchmarks/bench_steps.py meta"
             " --record`, or point --results at them"
         )
-    return {file.stem: read_record(file) for file in files}
+    records = {file.stem: read_record(file) for file in files}
+    return {name: records[name] for name in sorted(records, key=lambda n: (n not in TITLES, n))}
 
 
 def write_benchmarks(results: Path, out: Path) -> list[Path]:
