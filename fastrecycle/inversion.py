@@ -51,7 +51,7 @@ def data_loss(
     vit: ViT,
     prior: nn.Module | None,
     images: Tensor,
-    stack: LoRAStack,
+    stack: LoRAStack | None,
     heads: Tensor,
     biases: Tensor,
     labels: Tensor,
@@ -73,7 +73,7 @@ def data_loss(
         vit: the frozen backbone.
         prior: see `fastrecycle.prior`; None drops R_BN.
         images: (G, m, 3, S, S), in the backbone's input space.
-        stack: G LoRAs.
+        stack: G LoRAs; None: none, or one that is part of the backbone's weights.
         heads: (G, C, features), biases (G, C).
         labels: (m,) int64, the same for each task.
         config: weights of the terms, pruning schedule.
@@ -182,7 +182,8 @@ class InversionGroup:
         self.device, self.dtype = vit.pos_embed.device, dtype
         device, side = self.device, vit.config.image_size
         self.side = side_at(0, config, vit.config)  # of the images as they are now
-        self._sized = self._resized()
+        # float8 would round a LoRA's small changes away with the weights
+        self.merges = backend != "reference" and precision != "fp8"
         generators = [task_generator(seed, task) for task in tasks]
         heads = [lora.require_head() for lora in loras]
         self.normalised = heads[0].normalised
@@ -241,6 +242,7 @@ class InversionGroup:
         # sum over the window of iterations under way, and mean of the one before
         self.total = torch.zeros(len(loras), device=self.device, dtype=self.dtype)
         self.before: Tensor | None = None
+        self._sized, self._given = self._networks()
 
     def _take(self, images: Tensor) -> None:
         """Go on from these pixels with a fresh optimiser."""
@@ -253,10 +255,17 @@ class InversionGroup:
         )  # fmt: skip
         self._graphs.clear()  # they know the old pixels
 
-    def _resized(self) -> ViT:
-        """The backbone at the images' side."""
+    def _networks(self) -> tuple[ViT, LoRAStack | None]:
+        """The backbone at the images' side, and the LoRAs that it is to be given.
+
+        A LoRA that is alone never changes, so it becomes part of the weights: its steps have plain
+        products.
+        """
         full = self.side == self.vit.config.image_size
-        return self.backbone if full else self.backbone.resized(self.side)
+        vit = self.backbone if full else self.backbone.resized(self.side)
+        if not self.merges or len(self.active) > 1:
+            return vit, self.stack
+        return vit.merged(self.loras[self.active[0]].to(dtype=self.dtype)), None
 
     # ------------------------------------------------------------------ one iteration
 
@@ -298,7 +307,7 @@ class InversionGroup:
         for leaf in leaves:
             leaf.requires_grad_()
         losses = self._loss(
-            self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            self._sized, self.prior, seen, self._given, self.heads, self.biases, self.labels,
             config, pruned, self.precision, None, self.impl, self.beside, natural,
             self.normalised, self._seen_patches(),
         )  # fmt: skip
@@ -322,7 +331,7 @@ class InversionGroup:
         if self.shrink is not None:
             shrink = self.shrink.index_select(0, row_at(self.moves.resolution, self.clock))
         losses = self._loss(
-            self._sized, self.prior, seen, self.stack, self.heads, self.biases, self.labels,
+            self._sized, self.prior, seen, self._given, self.heads, self.biases, self.labels,
             self.config, pruned, self.precision, shrink, self.impl, self.beside, None,
             self.normalised, self._seen_patches(),
         )  # fmt: skip
@@ -375,7 +384,6 @@ class InversionGroup:
         side = side_at(self.iteration, config, norm)
         if side != self.side:
             self.side = side
-            self._sized = self._resized()
             self._gather_tasks()
             self._take(enlarged(self.images, side).clamp(self.low, self.high))
         elif config.plateau > 0 and self.iteration % config.plateau_window == 0:
@@ -513,7 +521,6 @@ class InversionGroup:
         }
         self.active = [i for i in range(len(self.tasks)) if i not in self.left]
         self.side = tensors["images"].shape[-1]
-        self._sized = self._resized()
         if self.active:
             self._gather_tasks()
         self.total, self.before = tensors["total"], tensors.get("before")

@@ -252,6 +252,22 @@ def test_no_loss_depends_on_the_company():
     assert (base[1] - other[1]).abs().min() > 1e-2
 
 
+def test_a_lora_alone_is_merged_and_changes_nothing():
+    """As the backends but the reference have it; in a group of two none is."""
+    plain = make(tasks=[1], iterations=6, dtype=torch.float64)
+    merged = make(tasks=[1], iterations=6, dtype=torch.float64)
+    merged.merges = True
+    merged._gather_tasks()
+    assert merged._given is None
+    qkv = [group._sized.blocks[0].qkv.weight for group in (plain, merged)]
+    assert not torch.equal(*qkv)
+    torch.testing.assert_close(curves(merged), curves(plain), rtol=1e-6, atol=1e-6)
+    two = make(tasks=[0, 1], iterations=6)
+    two.merges = True
+    two._gather_tasks()
+    assert two._given is two.stack
+
+
 def test_gradient_of_a_task_reaches_no_other_image():
     group = make(2, dtype=torch.float64)
     images = group.images.clone().requires_grad_()
