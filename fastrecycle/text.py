@@ -352,8 +352,8 @@ def _check_tensors(config: TextConfig, tensors: Mapping[str, Tensor]) -> None:
         ("positional_embedding", (config.context_length, config.width)),
         ("text_projection", (config.width, config.output_dim)),
     ):
-        if (found := tuple(tensors[f"transformer.{name}"].shape)) != shape:
-            raise ValueError(f"{name}: size mismatch, {shape} by text.json, {found} in the file")
+        if (own := tuple(tensors[f"transformer.{name}"].shape)) != shape:
+            raise ValueError(f"{name}: size mismatch, {shape} by text.json, {own} in the file")
     blocks = {found[1] for name in tensors if (found := re.search(r"resblocks\.(\d+)\.", name))}
     if len(blocks) != config.layers:
         raise ValueError(f"layers: text.json has {config.layers}, text.safetensors {len(blocks)}")

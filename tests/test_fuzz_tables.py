@@ -116,6 +116,7 @@ def test_a_good_store_is_rendered(table, tmp_path):
         ({"seconds": -1}, "seconds must be a number"),
         ({"like": 3}, "like must be text"),
         ({"recipe": None}, "recipe must be a table"),
+        ({"recipe": {"stage": "bank"}}, "recipe.stage must be 'score', got 'bank'"),
     ],
     ids=str,
 )

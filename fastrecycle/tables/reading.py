@@ -27,7 +27,8 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: it is damaged.
 
     """
-    return _read(path, _check_record, "the record of a stage")
+    stage = path.name.partition("-")[0]
+    return _read(path, lambda record: _check_record(record, stage), f"the record of a {stage}")
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -52,10 +53,11 @@ def _read(path: Path, check: Callable[[Any], None], what: str) -> dict[str, Any]
     return content
 
 
-def _check_record(record: Any) -> None:
+def _check_record(record: Any, stage: str) -> None:
     _table(record, "it")
     recipe = _table(record.get("recipe"), "recipe")
-    stage = _text(recipe.get("stage"), "recipe.stage")
+    if recipe.get("stage") != stage:
+        raise Wrong(f"recipe.stage must be {stage!r}, got {recipe.get('stage')!r:.40}")
     _number(record.get("seconds"), "seconds", least=0)
     _number(record.get("work"), "work", least=0)
     if not isinstance(record.get("like"), str | None):

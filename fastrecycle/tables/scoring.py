@@ -61,7 +61,6 @@ def scored(stages: Stages, recipe: Score) -> dict[str, Any]:
 
 def choice(stages: Stages, recipe: Choice) -> dict[str, Any]:
     """The record of a choice: the settings with the best mean over the validation sets."""
-
     grid = dict(recipe.method.grid)
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
