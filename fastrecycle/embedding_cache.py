@@ -93,17 +93,36 @@ class EmbeddingCache:
 
     def _files(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(images, features) of each whole file."""
-        from safetensors.torch import load
-
         for path in sorted(self.folder.glob("*.safetensors")):
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != path.stem:
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # damaged, and removed by a process that shares the folder
+                continue
+            found = self._parse(content, path.stem)
+            if found is None:
                 log.warning("%s: damaged; removed, its images are embedded again", path)
                 with contextlib.suppress(OSError):
                     path.unlink()
                 continue
+            yield found
+
+    def _parse(self, content: bytes, sha256: str) -> tuple[np.ndarray, Tensor] | None:
+        """(images, features) of a file; None: it is damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return None
+        try:
             tensors = load(content)
-            yield tensors["images"].numpy(), tensors["features"]
+            images, features = tensors["images"], tensors["features"]
+        except (SafetensorError, KeyError, ValueError, RuntimeError):
+            return None
+        shapes = [(len(images), 32), (len(images), self.features)] if images.ndim else []
+        types = [torch.uint8, torch.float32]
+        if [images.shape, features.shape] != shapes or [images.dtype, features.dtype] != types:
+            return None
+        return images.numpy(), features
 
 
 def _setting(embedder: Embedder) -> dict[str, Any]:

@@ -85,11 +85,15 @@ def parse_json(text: str, expected: str) -> Any:
         expected: begins the message, such as "FILE: expected a JSON file".
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: it is not JSON, nested too deeply, or has half a character, which nothing can
+            write again.
 
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:  # ValueError also of a number too long
         raise ValueError(f"{expected}, got {error}") from None
 

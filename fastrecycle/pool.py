@@ -86,6 +86,11 @@ class SyntheticPool:
     def text(self) -> Tensor | None:
         """(rows, features) float32; see above."""
         texts = [p.text for p in self.parts if p.text is not None] if self.has_text else []
+        if len(widths := {x.shape[1] for x in texts}) > 1:
+            raise ValueError(
+                "SyntheticPool: class texts of one width expected, of one text tower; got"
+                f" {sorted(widths)} features"
+            )
         return torch.cat(texts) if texts else None
 
     @cached_property

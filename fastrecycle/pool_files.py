@@ -7,11 +7,12 @@ hundred thousand files, and is made again where it is missing or behind.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -188,21 +189,53 @@ class Entry:
         )  # fmt: skip
 
     @staticmethod
-    def read(value: dict[str, Any]) -> Entry:
-        """From the index."""
-        names = value["class_names"]
-        return Entry(
-            **{
-                **value,
-                "class_names": None if names is None else tuple(names),
-                "runs": tuple((int(label), int(count)) for label, count in value["runs"]),
-            }
-        )
+    def read(value: Any) -> Entry:
+        """From the index.
+
+        Raises:
+            ValueError: it says what no file can hold.
+
+        """
+        known = {field.name for field in fields(Entry)}
+        if not isinstance(value, dict) or set(value) != known:
+            raise ValueError(f"expected parts of {', '.join(sorted(known))}; got {value!r:.80}")
+        wrong = _task_problem(value) or _entry_problem(value)
+        if wrong:
+            raise ValueError(f"part {value['task']!r:.20}: {wrong}")
+        names, runs = value["class_names"], tuple(map(tuple, value["runs"]))
+        return Entry(**{**value, "class_names": tuple(names) if names else None, "runs": runs})
 
     @property
     def images(self) -> int:
         """Images of this LoRA."""
         return sum(count for _, count in self.runs)
+
+
+def _entry_problem(value: Mapping[str, Any]) -> str | None:
+    """What is wrong with the numbers of an index's entry, where something is."""
+    for key in ("classes", "side", "patches", "survivors", "bytes"):
+        if type(value[key]) is not int or not 0 < value[key] < 2**63:
+            return f"{key} must be a count, got {value[key]!r:.20}"
+    runs, classes, names = value["runs"], value["classes"], value["class_names"]
+    if not isinstance(runs, list) or not runs:
+        return f"runs must be a list of [label, images], got {runs!r:.40}"
+    for run in runs:
+        if not isinstance(run, list) or [type(x) for x in run] != [int, int]:
+            return f"runs must be a list of [label, images], got {run!r:.40}"
+        if not (0 <= run[0] < classes and run[1] > 0):
+            return f"runs must have labels in [0, {classes}) and images, got {run}"
+    if names and len(names) != classes:
+        return f"{len(names)} class names for {classes} classes"
+    if value["survivors"] > value["patches"]:
+        return f"survivors must be in [1, {value['patches']}], got {value['survivors']}"
+    if type(value["text"]) is not bool:
+        return f"text must be true or false, got {value['text']!r:.20}"
+    # memory is taken by what the index says: no more than the file has bytes for
+    images = sum(count for _, count in runs)
+    least = images * (3 * value["side"] ** 2 + 4 * value["patches"] + 4 + classes)
+    if least > value["bytes"]:
+        return f"{images} images cannot lie in {value['bytes']} bytes"
+    return None
 
 
 def task_file(folder: str | Path, task: int) -> Path:
@@ -216,9 +249,9 @@ def task_name(task: int) -> str:
 
 
 def _task_of(name: str) -> int | None:
-    path = PurePosixPath(name)
-    number = path.stem.removeprefix("task-")
-    return int(number) if path.suffix == ".safetensors" and number.isdigit() else None
+    found = re.fullmatch(r"task-([0-9]{6,10})\.safetensors", name)
+    task = None if found is None else int(found[1])
+    return task if task is not None and task_name(task) == name else None
 
 
 class PoolFiles(Sequence[TaskImages]):
@@ -236,7 +269,7 @@ class PoolFiles(Sequence[TaskImages]):
     def __init__(self, folder: str | Path):
         self.folder = Folder(folder)
         self._open: OrderedDict[int, TaskImages] = OrderedDict()
-        self._indexed = 0  # files that the index on disk knows
+        self._indexed = 0  # files that the index on disk knows; -1: it may say what is not so
         self._by_task: dict[int, Entry] = {}
         self.refresh()
 
@@ -244,7 +277,7 @@ class PoolFiles(Sequence[TaskImages]):
     def beginning(folder: str | Path) -> PoolFiles:
         """A pool to be written, whatever files of those names are there."""
         new = object.__new__(PoolFiles)
-        new.folder, new._open, new._indexed, new._by_task = Folder(folder), OrderedDict(), 0, {}
+        new.folder, new._open, new._indexed, new._by_task = Folder(folder), OrderedDict(), -1, {}
         return new
 
     def refresh(self) -> None:
@@ -254,26 +287,32 @@ class PoolFiles(Sequence[TaskImages]):
         }
         known = self._by_task
         if not known and sizes:
-            index = self.folder.read_json(INDEX, {})
-            if isinstance(index, dict) and index.get("version") == _VERSION:
-                try:
+            try:
+                index = self.folder.read_json(INDEX, {})
+                if isinstance(index, dict) and index.get("version") == _VERSION:
                     known = {e.task: e for e in map(Entry.read, index["parts"])}
-                except (LookupError, TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(
-                        f"{self.folder.location}/{INDEX}: a damaged index ({error}); remove it, and"
-                        " it is made again"
-                    ) from None
-                self._indexed = len(known)
+                    self._indexed = len(known)
+            except (LookupError, TypeError, ValueError) as error:
+                raise self._damaged(str(error)) from None
         self._by_task = {}
         for task, size in sorted(sizes.items()):
             entry = known.get(task)
             if entry is None or entry.bytes != size:
-                entry = self._entry(task, size)
+                entry = Entry.of(self._read(task), size)
             self._by_task[task] = entry
 
-    def _entry(self, task: int, size: int) -> Entry:
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.folder.location}/{INDEX}: a damaged index ({why}); remove it, and it is made"
+            " again"
+        )
+
+    def _read(self, task: int) -> TaskImages:
         path = self.folder.local(task_name(task))
-        return Entry.of(TaskImages.load(path), size)
+        part = TaskImages.load(path)
+        if part.task != task:
+            raise ValueError(f"{path}: holds the images of task {part.task}; give it its own name")
+        return part
 
     @property
     def entries(self) -> list[Entry]:
@@ -291,6 +330,12 @@ class PoolFiles(Sequence[TaskImages]):
             OSError: it cannot be written, or the disk is full.
 
         """
+        if self._indexed < 0 or any(part.task in self._by_task for part in parts):
+            # a kill in between must leave no index that says other things than the new files
+            for part in parts:
+                self._by_task.pop(part.task, None)
+            self._indexed = -1
+            self.write_index()
         for part in parts:
             content = safetensors_content(*part.content())
             self.folder.write(task_name(part.task), content)
@@ -314,6 +359,7 @@ class PoolFiles(Sequence[TaskImages]):
 
         Raises:
             KeyError: they are not there.
+            ValueError: their file is damaged, or the index says other things of it.
 
         """
         if task not in self._by_task:
@@ -321,7 +367,10 @@ class PoolFiles(Sequence[TaskImages]):
         if task not in self._open:
             while len(self._open) >= _OPEN:
                 self._open.popitem(last=False)
-            self._open[task] = TaskImages.load(self.folder.local(task_name(task)))
+            part, entry = self._read(task), self._by_task[task]
+            if Entry.of(part, entry.bytes) != entry:
+                raise self._damaged(f"it says other things of {task_name(task)} than that file")
+            self._open[task] = part
         self._open.move_to_end(task)
         return self._open[task]
 

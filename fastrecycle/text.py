@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from fastrecycle.sources import open_clip_model
 
 PROMPTS = ("a photo of a {}.",)
 _TOGETHER = 256  # texts of one forward pass
+_LONGEST = 16_384  # tokens of a text; its attention mask is the square of that
 
 
 class ClassEmbeddings(Protocol):
@@ -53,7 +54,13 @@ class TextClasses:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a `TextNetwork`."""
+    """Sizes of a `TextNetwork`.
+
+    Raises:
+        ValueError: a size that is no positive integer, heads that do not divide the width, or a
+            context whose mask alone would take more than a gigabyte.
+
+    """
 
     output_dim: int  # D
     width: int = 128
@@ -61,6 +68,17 @@ class TextConfig:
     layers: int = 2
     context_length: int = 32  # tokens of a text
     vocab_size: int = 49408  # of open_clip's byte pair encoding
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}: must be a positive integer, got {size!r:.40}")
+        if self.width % self.heads:
+            raise ValueError(f"heads: must divide the width {self.width}, got {self.heads}")
+        if self.context_length > _LONGEST:
+            raise ValueError(
+                f"context_length: must be at most {_LONGEST}, got {self.context_length}"
+            )
 
 
 class TextNetwork(nn.Module):
@@ -298,7 +316,7 @@ def _check_several(what: str, given: Sequence[str]) -> None:
 def _templates(given: Sequence[str]) -> tuple[str, ...]:
     _check_several("templates", given)
     for template in given:
-        if template.count("{}") != 1:
+        if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(f"templates: each needs one {{}}, got {template!r}")
     return tuple(given)
 
@@ -311,13 +329,39 @@ def _read(folder: Path) -> TextTower:
                 " a source is open_clip:MODEL/PRETRAINED"
             )
     content = read_json(folder / "text.json")
+    tensors, _ = load_safetensors(folder / "text.safetensors")
     try:
+        templates = content["templates"]
+        if not isinstance(templates, list):
+            raise ValueError(f"templates: expected a list of prompts, got {templates!r:.40}")
         config = TextConfig(**content["network"])
+        _check_tensors(config, tensors)
         network = TextNetwork(config)
-        network.load_state_dict(load_safetensors(folder / "text.safetensors")[0])
-        return TextTower(network, text_tokenizer(config), content["templates"])
+        network.load_state_dict(tensors)
+        return TextTower(network, text_tokenizer(config), templates)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: a damaged text tower ({error})") from None
+
+
+def _check_tensors(config: TextConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise where sizes are not the file's own, before a network is built by them."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    for name, shape in (
+        ("token_embedding.weight", (config.vocab_size, config.width)),
+        ("positional_embedding", (config.context_length, config.width)),
+        ("text_projection", (config.width, config.output_dim)),
+    ):
+        if (own := tuple(tensors[f"transformer.{name}"].shape)) != shape:
+            raise ValueError(f"{name}: size mismatch, {shape} by text.json, {own} in the file")
+    blocks = {found[1] for name in tensors if (found := re.search(r"resblocks\.(\d+)\.", name))}
+    if len(blocks) != config.layers:
+        raise ValueError(f"layers: text.json has {config.layers}, text.safetensors {len(blocks)}")
+    if config.vocab_size < (words := SimpleTokenizer().vocab_size):
+        raise ValueError(f"vocab_size: the tokenizer has {words} tokens, got {config.vocab_size}")
+    for name, x in tensors.items():
+        if not x.is_floating_point() or not torch.isfinite(x).all():
+            raise ValueError(f"{name}: expected finite floating-point numbers, got {x.dtype}")
 
 
 def zero_shot_logits(

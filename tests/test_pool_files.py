@@ -142,6 +142,29 @@ def test_a_file_written_again_behind_a_url_is_read_again():
     Folder(url).fs.rm("/fastrecycle-again", recursive=True)
 
 
+def test_a_task_written_again_is_never_indexed_as_it_was(tmp_path, monkeypatch):
+    """Two files of one size: a stop between them and the index must not leave the old digest."""
+    first, second = toys.pool(2), SyntheticPool([toys.task_images(i, seed=1) for i in range(2)])
+    first.save(tmp_path)
+    write = Folder.write
+
+    def stop(folder, name, content):
+        write(folder, name, content)
+        if name.startswith("task-000001"):
+            raise KeyboardInterrupt
+
+    for again in (second.save, lambda folder: PoolFiles(folder).write(list(second.parts))):
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "write", stop)
+            with pytest.raises(KeyboardInterrupt):
+                again(tmp_path)
+        loaded = SyntheticPool.load(tmp_path)
+        assert pool_input("x", loaded) == pool_input("x", second)
+        assert equal(loaded, second)
+        first.save(tmp_path)
+        assert equal(SyntheticPool.load(tmp_path), first)
+
+
 def test_inversion_writes_to_a_url_and_goes_on_from_it(one_thread):
     url = "memory://fastrecycle-inversion/pool"
     cfg = InversionConfig(images_per_class=2, iterations=4, group=2)

@@ -160,7 +160,13 @@ def test_stops_before_a_stage_that_would_not_fit(tmp_path, monkeypatch):
 
 
 def test_waits_for_the_process_that_makes_a_stage(tmp_path):
-    shared, record = tables.Store(tmp_path), {"accuracy": 0.5}
+    shared = tables.Store(tmp_path)
+    record = {
+        "recipe": {"stage": "score"}, "seconds": 1.0, "work": 4, "accuracy": 50.0, "ci95": 9.8,
+        "per_task": [45.0, 55.0], "chosen": {},
+        "cost": {"seconds": 1.0, "parameters": 0, "peak_memory_bytes": None},
+        "versions": {"torch": "2", "platform": "Linux"},
+    }  # fmt: skip
     recipe = Score(Method("nn", MAIN), Tasks("cifar_fs", "test", 5, 1, 3, 4))
     here = stages.Stages(tables.toy_world(), shared)
     key, begun = here.key(recipe), threading.Event()

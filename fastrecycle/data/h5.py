@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -93,13 +94,19 @@ class H5Images(Sequence[Image.Image]):
                 ) from error
 
     def _count(self, place: int) -> int:
+        path = self.files[place]
         try:
-            return len(self._file(place))
-        except RuntimeError as error:
+            found = len(self._file(place))
+        except (RuntimeError, OverflowError) as error:
             raise ValueError(
-                f"load_dataset: {self.files[place]} is not a whole HDF5 file ({error}); copy it "
-                "again"
+                f"load_dataset: {path} is not a whole HDF5 file ({error}); copy it again"
             ) from error
+        if found > (size := path.stat().st_size):  # a header's word; labels are made from it
+            raise ValueError(
+                f"load_dataset: {path} is not a whole HDF5 file ({found} images in {size} bytes); "
+                "copy it again"
+            )
+        return found
 
     def _file(self, place: int) -> Any:
         """The open file of a class; the one that was used least recently is closed for it."""
@@ -149,6 +156,8 @@ class H5Names(Sequence[str]):
 
 def _inner(h5py: Any, group: Any, name: str) -> Any:
     """A member that lies in the same file."""
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"{group.name} is no group")
     link = group.get(name, getlink=True)
     if link is None:
         raise KeyError(f"it has no {name}")
@@ -167,3 +176,6 @@ def _check(h5py: Any, data: Any) -> None:
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and data.shape[0] * data.shape[1] > most:
         raise ValueError(f"more than {most:,} pixels; raise PIL.Image.MAX_IMAGE_PIXELS to trust it")
+    # a chunk is read as a whole, and may be larger than the image where that could grow
+    if most is not None and data.chunks and math.prod(data.chunks) > 3 * most:
+        raise ValueError(f"chunks of {data.chunks}, more than {most:,} pixels; not read")

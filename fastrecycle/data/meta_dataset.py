@@ -196,9 +196,10 @@ def read_spec(store: Store, name: str) -> Spec:
             raise ValueError("class numbers must be 0, 1, ...")
         names = tuple(names_of[number] for number in range(len(names_of)))
         sizes = _split_sizes(content)
+        total = sum(sizes.values())
+        if min(sizes.values()) < 0 or total != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(names)} class names, {total} classes in its splits")
         splits = tuple(_SPLITS[split] for split in _SPLITS for _ in range(sizes[split]))
-        if len(splits) != len(names) or len(set(names)) != len(names):
-            raise ValueError(f"{len(names)} class names, {len(splits)} classes in its splits")
         counts = content["images_per_class"]
         if "split_subgraphs" in content:
             counts = {leaf: n for of in counts.values() for leaf, n in of.items()}
@@ -207,7 +208,9 @@ def read_spec(store: Store, name: str) -> Spec:
             images = tuple(int(counts[str(number)]) for number in range(len(names)))
         readable, leaves = _wordnet(content.get("split_subgraphs", {}))
         return Spec(names, splits, images, readable, leaves)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"load_dataset: {where} is not Meta-Dataset's specification of a source "
             f"({type(error).__name__}: {error}); copy it again"

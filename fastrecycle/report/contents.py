@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrecycle.files import read_json
 from fastrecycle.inputs import same_inputs
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.report.tables import (
     Evaluation,
     Metrics,
+    is_number,
     metric_lines,
     read_evaluations,
     read_metrics,
 )
+from fastrecycle.run import read_manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def read_run(run: str | Path, *, pool: bool = True) -> RunContents:
             metrics |= read_metrics(file)
             times: dict[str, list[float]] = {}
             for line in metric_lines(file):
-                times.setdefault(line["stage"], []).append(float(line.get("time", 0.0)))
+                times.setdefault(line["stage"], []).append(line.get("time", 0.0))
             seconds |= {stage: max(of) - min(of) for stage, of in times.items()}
     found = pool_folder(run) if pool else None
     return RunContents(
@@ -101,11 +103,56 @@ def read_run(run: str | Path, *, pool: bool = True) -> RunContents:
     )
 
 
+# settings that a page counts with, and their ranges
+_SETTINGS = {
+    ("inversion", "alpha"): (-1e30, 1e30),
+    ("inversion", "iterations"): (0, 1e30),
+    ("inversion", "images_per_class"): (0, 1e30),
+    ("meta", "steps"): (0, 1e30),
+    ("meta", "sparsity"): (0, 1),
+}
+
+
 def _manifest(file: Path) -> dict[str, Any]:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a run's manifest, got {type(content).__name__}")
-    return content
+    """What run.json says.
+
+    Raises:
+        ValueError: it is no manifest, or says what no run writes.
+
+    """
+    manifest = read_manifest(file)
+    wrong = _settings_problem(manifest.get("config", {})) or _inputs_problem(
+        manifest.get("inputs", {})
+    )
+    if wrong:
+        raise ValueError(f"{file}: expected a run's manifest, {wrong}; it is damaged")
+    return manifest
+
+
+def _settings_problem(config: dict[str, Any]) -> str | None:
+    for (stage, name), (least, most) in _SETTINGS.items():
+        of = config.get(stage)
+        value = of.get(name) if isinstance(of, dict) else None
+        if value is not None and not is_number(value, least, most):
+            return f"{stage}.{name} must be a number in [{least:g}, {most:g}], got {value!r:.40}"
+    of = config.get("inversion")
+    prune = (of.get("prune") if isinstance(of, dict) else None) or {}
+    if not isinstance(prune, dict) or not all(
+        re.fullmatch("[0-9]{1,4}", block) and is_number(share, 0, 1)
+        for block, share in prune.items()
+    ):
+        return f"inversion.prune must be {{block: share in [0, 1]}}, got {prune!r:.40}"
+    return None
+
+
+def _inputs_problem(inputs: dict[str, Any]) -> str | None:
+    for name, of in inputs.items():
+        for key in ("source", "sha256"):
+            if isinstance(of, dict) and not isinstance(of.get(key, ""), str):
+                return f"inputs.{name}.{key} must be text, got {of[key]!r:.40}"
+    if not isinstance(inputs.get("loras", []), list):
+        return f"inputs.loras must be a list, got {inputs['loras']!r:.40}"
+    return None
 
 
 def pool_folder(run: Path) -> Path | None:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from fastrecycle.eval import Result
-from fastrecycle.files import read_json
+from fastrecycle.files import parse_json, read_json
+
+_STAGES, _CURVES = 8, 24  # each is a picture
 
 Metrics = dict[str, dict[str, list[tuple[float, float]]]]
 
@@ -35,28 +37,69 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl in the file's order; one that was cut short is left out."""
+    """Lines of a metrics.jsonl in the file's order; one that was cut short is left out.
+
+    Raises:
+        ValueError: not UTF-8, or a line with a stage or number of another type.
+
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected lines of JSON, got {error}") from None
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text, "")
+        except ValueError:
             continue
         if isinstance(line, dict) and {"stage", "step"} <= line.keys():
+            wrong = _line_problem(line)
+            if wrong:
+                raise ValueError(f"{path} line {number}: {wrong}; remove the line")
             lines.append(line)
     return lines
+
+
+def _line_problem(line: dict[str, Any]) -> str | None:
+    """What is wrong with a line of metrics, where something is."""
+    if not isinstance(line["stage"], str):
+        return f"stage must be text, got {line['stage']!r:.40}"
+    for name in ("step", "time"):
+        if not is_number(line.get(name, 0.0)):
+            return f"{name} must be a number, got {line[name]!r:.40}"
+    for name, value in line.items():  # loss may be NaN or infinite; an integer may be of any length
+        if isinstance(value, int) and not is_number(value):
+            return f"{name} must be a number below 1e30, got one of {len(str(value))} digits"
+    return None
+
+
+def is_number(value: Any, least: float = -1e30, most: float = 1e30) -> bool:
+    """Whether a value of JSON is a finite number that a page can show."""
+    return type(value) in (int, float) and least <= value <= most
 
 
 def read_metrics(path: Path) -> Metrics:
     """{stage: {value's name: [(step, value), ...]}} of a metrics.jsonl.
 
     Where a resumed run wrote a step twice, the last line counts; a line cut short is left out.
+
+    Raises:
+        ValueError: see `metric_lines`, or more curves than a page can show.
+
     """
     found: dict[str, dict[str, dict[float, float]]] = {}
     for line in metric_lines(path):
         for name, value in line.items():
-            if name not in ("stage", "step", "time") and isinstance(value, int | float):
+            if name not in ("stage", "step", "time") and type(value) in (int, float):
                 found.setdefault(line["stage"], {}).setdefault(name, {})[line["step"]] = value
+    for stage, values in found.items():
+        if len(found) > _STAGES or len(values) > _CURVES:
+            raise ValueError(
+                f"{path}: expected at most {_STAGES} stages with {_CURVES} values each, got"
+                f" {len(found)} stages and {len(values)} values of {stage!r:.40}; it is damaged or"
+                " another program's"
+            )
     return {
         stage: {name: sorted(points.items()) for name, points in values.items()}
         for stage, values in found.items()
@@ -106,21 +149,43 @@ def read_evaluations(run: Path) -> list[Evaluation]:
             continue
         settings = content.get("settings", {})
         for result in content["results"]:
-            dataset = str(result.get("dataset", settings.get("dataset", "")))
-            listed = tuple(json.dumps(settings.get(name)) for name in _TASKS)
-            # the demo's rows share their tasks with each other alone
-            own = (file.name,) if "row" in result else listed
-            found.append(
-                Evaluation(
-                    file=file.name,
-                    dataset=dataset,
-                    row=str(result.get("row", settings.get("lora", ""))),
-                    shots=result["shots"],
-                    result=Result.of(np.asarray(result["per_task"], dtype=np.float64)),
-                    tasks=(dataset, result["shots"], len(result["per_task"]), *own),
+            wrong = _result_problem(settings, result)
+            if wrong:
+                raise ValueError(
+                    f"{file}: expected what `fastrecycle eval --json` writes, {wrong}; remove it,"
+                    " and evaluate again"
                 )
-            )
+            found.append(_evaluation(file.name, settings, result))
     return found
+
+
+def _result_problem(settings: Any, result: Any) -> str | None:
+    """What is wrong with one result of an evaluation, where something is."""
+    for name, value in (("settings", settings), ("each of results", result)):
+        if not isinstance(value, dict):
+            return f"{name} must be an object, got {value!r:.40}"
+    if not isinstance(result.get("shots", ""), int | None):
+        return f"shots must be an integer or null, got {result.get('shots', 'none')!r:.40}"
+    per_task = result.get("per_task")
+    if not isinstance(per_task, list) or not per_task:
+        return f"per_task must be a list of accuracies, got {per_task!r:.40}"
+    strange = [x for x in per_task if not is_number(x, 0, 100)]
+    return f"per_task must be in [0, 100], got {strange[0]!r:.40}" if strange else None
+
+
+def _evaluation(file: str, settings: dict[str, Any], result: dict[str, Any]) -> Evaluation:
+    dataset = str(result.get("dataset", settings.get("dataset", "")))
+    listed = tuple(json.dumps(settings.get(name)) for name in _TASKS)
+    # the demo's rows share their tasks with each other alone
+    own = (file,) if "row" in result else listed
+    return Evaluation(
+        file=file,
+        dataset=dataset,
+        row=str(result.get("row", settings.get("lora", ""))),
+        shots=result["shots"],
+        result=Result.of(np.asarray(result["per_task"], dtype=np.float64)),
+        tasks=(dataset, result["shots"], len(result["per_task"]), *own),
+    )
 
 
 EVALUATION_HEAD = ["file", "data set", "LoRA", "shots", "accuracy (%)", "over NN, paired", "tasks"]
@@ -142,8 +207,8 @@ def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted keys and values of nested tables, as text."""
-    if isinstance(value, dict) and value:
+    """Dotted keys and values of nested tables, as text; JSON beyond twenty levels."""
+    if isinstance(value, dict) and value and prefix.count(".") < 20:
         return [
             pair
             for key, inner in value.items()

@@ -253,6 +253,12 @@ def write(
         )
     keys = {cell.get("key") for cell in plan["cells"]} - {None}
     records = {key: record for key in keys if (record := store.record(key)) is not None}
+    for key, record in records.items():
+        if (count := len(record["per_task"])) != plan["settings"]["tasks"]:
+            raise ValueError(
+                f"{store.root}/done/{key}.json: a score of {count} tasks, its table has"
+                f" {plan['settings']['tasks']}; remove it, and it is made again"
+            )
     filled = Filled(found, plan, records)
     written: list[Path] = []
     picture = None

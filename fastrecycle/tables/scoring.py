@@ -61,14 +61,15 @@ def scored(stages: Stages, recipe: Score) -> dict[str, Any]:
 
 def choice(stages: Stages, recipe: Choice) -> dict[str, Any]:
     """The record of a choice: the settings with the best mean over the validation sets."""
+    grid = dict(recipe.method.grid)
+    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
     def make() -> dict[str, Any]:
-        method, grid = built(stages, recipe.method), dict(recipe.method.grid)
+        method = built(stages, recipe.method)
         per_set = [
             choose(method, tasks(stages, method, on, recipe.method.backbone), grid).results
             for on in recipe.on
         ]
-        points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         means = [float(np.mean([found[i][1].accuracy for found in per_set]))
                  for i in range(len(points))]  # fmt: skip
         best = int(np.argmax(means))
@@ -77,7 +78,13 @@ def choice(stages: Stages, recipe: Choice) -> dict[str, Any]:
             "points": [{**p, "accuracy": m} for p, m in zip(points, means, strict=True)],
         }
 
-    return stages.recorded(recipe, make)
+    found = stages.recorded(recipe, make)
+    if found["settings"] not in points:
+        raise ValueError(
+            f"{stages.store.root}/done/{stages.key(recipe)}.json: settings that were not to be"
+            f" chosen from, {found['settings']}; remove it, and it is made again"
+        )
+    return found
 
 
 def built(stages: Stages, method: Method) -> Fitted:

@@ -16,7 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from fastrecycle.files import read_json, write_json
+from fastrecycle.files import write_json
+from fastrecycle.tables.reading import read_plan, read_record
 
 
 class Store:
@@ -42,7 +43,7 @@ class Store:
 
         """
         path = self.root / "done" / f"{key}.json"
-        return read_json(path) if path.is_file() else None
+        return read_record(path) if path.is_file() else None
 
     def has(self, key: str) -> bool:
         """Whether a stage is finished and its files, where it has any, are here."""
@@ -67,8 +68,13 @@ class Store:
         write_json(self.root / "done" / f"{key}.json", record)
 
     def records(self) -> list[Any]:
-        """Of all finished stages."""
-        return [read_json(path) for path in sorted((self.root / "done").glob("*.json"))]
+        """Of all finished stages.
+
+        Raises:
+            ValueError: a damaged one.
+
+        """
+        return [read_record(path) for path in sorted((self.root / "done").glob("*.json"))]
 
     def plan(self, table: str, scale: str) -> Any | None:
         """The plan of a table at a scale; None: it was never run here.
@@ -78,7 +84,7 @@ class Store:
 
         """
         path = self._plan(table, scale)
-        return read_json(path) if path.is_file() else None
+        return read_plan(path) if path.is_file() else None
 
     def save_plan(self, plan: Mapping[str, Any]) -> None:
         """Write the plan of a table."""
