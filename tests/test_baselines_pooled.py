@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 from dataclasses import replace
 
@@ -207,8 +208,32 @@ def test_load_refuses_other_files(tmp_path):
     tensors, metadata = load_safetensors(path)
     tensors.pop("unknown")
     save_safetensors(path, tensors, metadata)
-    with pytest.raises(ValueError, match="not the tensors of its own description"):
+    with pytest.raises(ValueError, match="Missing key"):
         CAMLNetwork.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 10**6}, {"features": 10**9}, {"code_dim": 8.0}, {"heads": "2"}, {"heads": 0},
+        {"heads": 7}, {"more": 1}, None,
+    ],
+)  # fmt: skip
+def test_load_builds_nothing_that_the_tensors_do_not_hold(tmp_path, changes):
+    path = tmp_path / "caml.safetensors"
+    network().save(path)
+    tensors, metadata = load_safetensors(path)
+    (key,) = (k for k in metadata if "caml" in k)
+    shape = json.loads(metadata[key]) if changes is not None else []
+    text = json.dumps({**shape, **changes} if changes is not None else shape)
+    save_safetensors(path, tensors, {**metadata, key: text})
+    with pytest.raises(ValueError, match=r"caml\.safetensors: .*(description|heads)"):
+        CAMLNetwork.load(path)
+    if changes == {"features": 10**9}:  # told by the tensors, too, which hold no such blocks
+        tensors["centre"] = torch.zeros(10**5)
+        save_safetensors(path, tensors, {**metadata, key: text.replace("1" + "0" * 9, "100000")})
+        with pytest.raises(ValueError, match="layers of width"):
+            CAMLNetwork.load(path)
 
 
 # ------------------------------------------------------------------ classifier

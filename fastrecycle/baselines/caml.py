@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrecycle.baselines.base import FrozenFeatures
-from fastrecycle.files import load_safetensors, save_safetensors
+from fastrecycle.files import load_safetensors, parse_json, save_safetensors
 from fastrecycle.ops import Backend, autocast
 from fastrecycle.vit import ViT
 
@@ -186,12 +186,43 @@ class CAMLNetwork(nn.Module):
         tensors, metadata = load_safetensors(path)
         if _METADATA not in metadata:
             raise ValueError(f"{path}: not a network of CAML; `CAMLNetwork.save` writes one")
-        model = CAMLNetwork(**json.loads(metadata[_METADATA]))
+        shape = parse_json(metadata[_METADATA], f"{path}: expected the sizes of a network of CAML")
+        told = _sizes(tensors)  # before anything of the promised size is built
+        if not isinstance(shape, dict) or {k: v for k, v in shape.items() if k != "heads"} != told:
+            raise ValueError(
+                f"{path}: not the tensors of its own description: expected the sizes {told} and"
+                f" heads, got {str(shape)[:200]}"
+            )
+        if type(shape.get("heads")) is not int:
+            raise ValueError(f"{path}: heads: expected a number, got {shape.get('heads')!r}")
+        width = told["features"] + told["code_dim"]
+        least = 12 * width**2 * told["layers"]  # numbers in the products of the blocks
+        if (held := sum(x.numel() for x in tensors.values())) < least:
+            raise ValueError(
+                f"{path}: not the tensors of its own description: expected at least {least} numbers"
+                f" for {told['layers']} layers of width {width}, got {held}"
+            )
         try:
+            model = CAMLNetwork(**shape)
             model.load_state_dict(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         except RuntimeError as error:
             raise ValueError(f"{path}: not the tensors of its own description: {error}") from None
         return model
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The sizes of a network that tensors tell by their shapes; what is missing counts as 0."""
+    codes, centre = tensors.get("codes"), tensors.get("centre")
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    ways, length = codes.shape if codes is not None and codes.ndim == 2 else (0, 0)
+    return {
+        "features": 0 if centre is None else centre.numel(),
+        "max_ways": ways,
+        "code_dim": length,
+        "layers": len(blocks),
+    }
 
 
 class CAML(FrozenFeatures):
