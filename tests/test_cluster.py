@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import toys
 
 from fastrecycle import cluster
+from fastrecycle.cli import main
 from fastrecycle.cluster import (
     cluster_evaluate_shots,
     cluster_invert,
@@ -23,7 +25,8 @@ from fastrecycle.cluster import (
     workers_for,
 )
 from fastrecycle.config import InversionConfig, MetaConfig
-from fastrecycle.eval import Pixels, evaluate_shots
+from fastrecycle.data import load_dataset
+from fastrecycle.eval import Pixels, embed, evaluate_shots
 from fastrecycle.inversion import Inverter, invert
 from fastrecycle.metatrain import meta_train
 from fastrecycle.pool import SyntheticPool
@@ -202,10 +205,11 @@ def nodes(single_thread):
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
     )
-    for _ in range(2):
-        made.add_node(num_cpus=2, object_store_memory=10**8)
+    for _ in range(2):  # one worker each: what takes time is that every worker imports PyTorch
+        made.add_node(num_cpus=1, object_store_memory=10**8)
     made.wait_for_nodes()
-    yield made
+    with connected(made.address):  # once for all tests, which so find workers that have started
+        yield made
     made.shutdown()
     if before is None:
         del os.environ["PYTHONPATH"]
@@ -230,70 +234,56 @@ def test_meta_training_on_workers_is_that_of_one_process(nodes, tmp_path):
 
 @ray_only
 @pytest.mark.timeout(600)
-def test_evaluation_shares_out_images(nodes):
+def test_evaluation_shares_out_images(nodes, tmp_path):
     g = toys.generator(0)
     labels = np.repeat(np.arange(4), 12)
     pixels = torch.randint(0, 256, (48, 3, 16, 16), generator=g, dtype=torch.uint8)
     images = Pixels(pixels, labels, tuple("abcd"), "toys")
-    settings = {"shots": (1, 3), "ways": 3, "queries": 4, "tasks": 30, "seed": 5}
-    got = cluster_evaluate_shots(
-        toys.vit(), toys.lora(0), images, address=nodes.address, **settings
-    )
-    expected = evaluate_shots(toys.vit(), toys.lora(0), images, backend="reference", **settings)
+    settings = {"tasks": 30, "seed": 5, "batch_size": 7}
+    shape = {"shots": (1, 3), "ways": 3, "queries": 4}
+    vit, lora = toys.vit(), toys.lora(0)
+    got = cluster_evaluate_shots(vit, lora, images, address=nodes.address, **shape, **settings)
+    expected = evaluate_shots(vit, lora, images, **shape, **settings)
     for shots in (1, 3):
         np.testing.assert_array_equal(got[shots].per_task, expected[shots].per_task)
-
-
-def slow_group(world, batch, folder):
-    """Run by a worker in place of `_invert_group`: the same, with notes of when."""
-    log = Path(folder).parent / "log.jsonl"
-
-    def note(what):
-        with log.open("a") as stream:
-            line = {"what": what, "first": batch.tasks[0], "pid": os.getpid()}
-            stream.write(json.dumps(line) + "\n")
-
-    note("begin")
-    time.sleep(4)
-    _REAL(world, batch, folder)
-    note("end")
-
-
-_REAL = cluster._invert_group
+    told, cache = [], tmp_path / "cache"
+    with cluster.cluster_features(nodes.address) as features_of:
+        features = [
+            embed(
+                vit, lora, images, batch_size=7, features_of=where, embedding_cache=folder,
+                progress=lambda *count: told.append(count),
+            )
+            for where, folder in ((features_of, cache), (None, None), (None, cache))
+        ]  # fmt: skip
+    assert all(torch.equal(features[0], other) for other in features[1:])  # to the last bit
+    assert told[-1] == (48, 48)  # of the cache alone
+    assert told[6] == (48, 48)
+    assert [done for done, _ in told[:7]] == [7, 14, 21, 28, 35, 42, 48]
 
 
 @ray_only
 @pytest.mark.timeout(600)
-def test_lost_node_costs_only_its_unfinished_groups(nodes, tmp_path, monkeypatch):
-    bank, pool, log = toys.bank(16), tmp_path / "pool", tmp_path / "log.jsonl"
-    monkeypatch.setattr(cluster, "_invert_group", slow_group)
-    removed = []
-
-    def on_step(done, values):
-        if not removed:  # after the first group, while others are under way
-            removed.append(next(iter(nodes.worker_nodes)))
-            nodes.remove_node(removed[0], allow_graceful=False)
-
-    parts = cluster_invert(
-        toys.vit(), bank, toys.prior(), INVERSION, folder=pool, address=nodes.address, seed=1,
-        on_step=on_step,
-    )  # fmt: skip
-    assert removed
-    assert same(parts, invert(toys.vit(), bank, toys.prior(), INVERSION, seed=1))
-    notes = [json.loads(line) for line in log.read_text().splitlines()]
-    ended = [n["first"] for n in notes if n["what"] == "end"]
-    begun = [n["first"] for n in notes if n["what"] == "begin"]
-    assert sorted(ended) == list(range(0, 16, 2))  # each group once
-    assert 0 < len(begun) - len(ended) <= 2  # what the lost node's two processors were at
-    assert sorted(p.name for p in pool.iterdir()) == [
-        "pool.json", *(f"task-{i:06d}.safetensors" for i in range(16)),
-    ]  # fmt: skip
-    # a second call finds everything done
-    monkeypatch.setattr(cluster, "_finished", lambda *_: pytest.fail("no work left") or [])
-    again = cluster_invert(
-        toys.vit(), bank, toys.prior(), INVERSION, folder=pool, address=nodes.address, seed=1
-    )
-    assert same(parts, again)
+def test_eval_command_on_a_cluster_prints_what_one_process_does(
+    nodes, tmp_path, monkeypatch, capsys
+):
+    tiny.make(tmp_path)
+    monkeypatch.chdir(tmp_path)  # workers stand elsewhere: a relative path must reach them
+    found = {}
+    for where in ("cluster", "alone"):
+        words = [
+            "eval", "--dataset", "images", "--backbone", "vit.safetensors", "--lora",
+            "bank/0000", "--ways", "3", "--queries", "3", "--tasks", "20", "--shots", "1", "3",
+            "--device", "cpu", "--quiet", "--batch-size", "8", "--json", f"{where}.json",
+        ]  # fmt: skip
+        assert main([*words, *(["--cluster", "auto"] if where == "cluster" else [])]) == 0
+        found[where] = json.loads(Path(f"{where}.json").read_text())
+    assert ", Ray cluster auto" in capsys.readouterr().out
+    assert found["cluster"]["results"] == found["alone"]["results"]
+    assert found["cluster"]["settings"]["cluster"] == "auto"
+    images = load_dataset("images", "test")
+    (tmp_path / "images").rename(tmp_path / "gone")
+    with pytest.raises(OSError, match="every node must reach the files of the images"):
+        cluster_evaluate_shots(toys.vit(), None, images, shots=(1,), ways=3, queries=3, tasks=5)
 
 
 @ray_only
@@ -314,3 +304,61 @@ def test_recycling_on_a_cluster_is_recycling(nodes, tmp_path):
         torch.testing.assert_close(one.delta(target), other.delta(target), rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="needs a folder that every node reaches"):
         rec[nodes.address].invert()
+
+
+def noted_group(world, batch, folder):
+    """Run by a worker in place of `_invert_group`: all but the first wait until a node is gone."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+
+    def note(what):
+        with (Path(folder).parent / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps({"what": what, "first": batch.tasks[0], "node": node}) + "\n")
+
+    note("begin")
+    while batch.tasks[0] and not (Path(folder).parent / "removed").exists():
+        time.sleep(0.05)
+    _REAL(world, batch, folder)
+    note("end")
+
+
+_REAL = cluster._invert_group
+
+
+@ray_only
+@pytest.mark.timeout(600)
+def test_lost_node_costs_only_its_unfinished_groups(nodes, tmp_path, monkeypatch):
+    bank, pool, log = toys.bank(16), tmp_path / "pool", tmp_path / "log.jsonl"
+    monkeypatch.setattr(cluster, "_invert_group", noted_group)
+
+    def notes(what):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [line for line in lines if line["what"] == what]
+
+    def on_step(done, values):
+        if not (tmp_path / "removed").exists():  # after the first group, others are under way
+            waiting = [n["node"] for n in notes("begin") if n["first"]]
+            while not waiting:
+                time.sleep(0.05)
+                waiting = [n["node"] for n in notes("begin") if n["first"]]
+            (node,) = (n for n in nodes.worker_nodes if n.node_id == waiting[0])
+            nodes.remove_node(node, allow_graceful=False)
+            (tmp_path / "removed").touch()
+
+    parts = cluster_invert(
+        toys.vit(), bank, toys.prior(), INVERSION, folder=pool, address=nodes.address, seed=1,
+        on_step=on_step,
+    )  # fmt: skip
+    assert same(parts, invert(toys.vit(), bank, toys.prior(), INVERSION, seed=1))
+    assert sorted(n["first"] for n in notes("end")) == list(range(0, 16, 2))  # each group once
+    assert len(notes("begin")) == len(notes("end")) + 1  # what the lost node was at
+    assert sorted(p.name for p in pool.iterdir()) == [
+        "pool.json", *(f"task-{i:06d}.safetensors" for i in range(16)),
+    ]  # fmt: skip
+    # a second call finds everything done
+    monkeypatch.setattr(cluster, "_finished", lambda *_: pytest.fail("no work left") or [])
+    again = cluster_invert(
+        toys.vit(), bank, toys.prior(), INVERSION, folder=pool, address=nodes.address, seed=1
+    )
+    assert same(parts, again)
