@@ -9,8 +9,10 @@ for the pool a URL that `fsspec` knows.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def ray_module() -> Any:
         import ray
     except ImportError:
         raise ImportError(
-            "cluster: needs Ray; pip install 'fastrecycle[cluster]', or leave out --cluster"
+            'cluster: needs Ray; pip install "fastrecycle[cluster]", or leave out --cluster'
         ) from None
     return ray
 
@@ -396,7 +398,7 @@ def _shared_features(
     images: ImageDataset | Pixels,
     indices: np.ndarray,
     batch_size: int,
-) -> Generator[Tensor, None, None]:
+) -> Iterator[Tensor]:
     """Features of the images at `indices`, in their order, share by share: (n, F) float32."""
     if not len(indices):
         return
@@ -409,21 +411,19 @@ def _shared_features(
     )  # fmt: skip
     vit.to(device)
     run = ray.remote(max_retries=RETRIES, **_needs(device))(_embed)
-    batches = -(-len(indices) // batch_size)
-    each = batch_size * max(1, batches // (SHARES * _slots(ray, device)))
-    running = [
-        (start, run.remote([world], indices[start : start + each]))
-        for start in range(0, len(indices), each)
-    ]
-    running.reverse()
-    try:
-        while running:
-            start, share = running[-1]
-            yield _answer(ray, share, f"images {start} to {start + each - 1}").to(device)
-            running.pop()
-    finally:
-        for _, share in running:
-            ray.cancel(share, force=True)
+    slots = _slots(ray, device)
+    each = batch_size * max(1, -(-len(indices) // batch_size) // (SHARES * slots))
+    starts = iter(range(0, len(indices), each))
+    running: deque[tuple[int, Any]] = deque()
+    while True:
+        # Few at a time, as what an error leaves runs to its end: Ray 2.60 aborts this process where
+        # a task that is cancelled by force ends just then.
+        for start in itertools.islice(starts, 2 * slots - len(running)):
+            running.append((start, run.remote([world], indices[start : start + each])))
+        if not running:
+            return
+        start, share = running.popleft()
+        yield _answer(ray, share, f"images {start} to {start + each - 1}").to(device)
 
 
 def _answer(ray: Any, share: Any, what: str) -> Tensor:

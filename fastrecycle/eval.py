@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,9 +95,7 @@ class Pixels:
 
 
 # As `batch_features`, wherever the forward passes are done; a batch may be of any length.
-FeaturesOf = Callable[
-    [Embedder, ImageDataset | Pixels, np.ndarray, int], Generator[Tensor, None, None]
-]
+FeaturesOf = Callable[[Embedder, ImageDataset | Pixels, np.ndarray, int], Iterator[Tensor]]
 
 
 def decode(
@@ -159,21 +156,21 @@ def embed(
     features_of = features_of or batch_features
     indices = np.arange(len(images.labels)) if indices is None else indices
     if embedding_cache is None:
-        with closing(features_of(forward, images, indices, batch_size)) as batches:
-            return torch.cat(list(_told(batches, progress, 0, len(indices))))
+        batches = features_of(forward, images, indices, batch_size)
+        return torch.cat(list(_told(batches, progress, 0, len(indices))))
     cache = EmbeddingCache(embedding_cache, forward)
     digests = images.digests(indices)
     known, features = cache.find(digests)
     new = np.flatnonzero(~known)
     start = written = 0
-    with closing(features_of(forward, images, indices[new], batch_size)) as batches:
-        for batch in _told(batches, progress, int(known.sum()), len(indices)):
-            features[torch.from_numpy(new[start : start + len(batch)])] = batch.cpu()
-            start += len(batch)
-            if start - written >= _CACHE_FILE_IMAGES or start == len(new):
-                rows = new[written:start]
-                cache.add(digests[rows], features[torch.from_numpy(rows)])
-                written = start
+    batches = features_of(forward, images, indices[new], batch_size)
+    for batch in _told(batches, progress, int(known.sum()), len(indices)):
+        features[torch.from_numpy(new[start : start + len(batch)])] = batch.cpu()
+        start += len(batch)
+        if start - written >= _CACHE_FILE_IMAGES or start == len(new):
+            rows = new[written:start]
+            cache.add(digests[rows], features[torch.from_numpy(rows)])
+            written = start
     return features.to(forward.device)
 
 
@@ -192,7 +189,7 @@ def _told(
 
 def batch_features(
     forward: Embedder, images: ImageDataset | Pixels, indices: np.ndarray, batch_size: int
-) -> Generator[Tensor, None, None]:
+) -> Iterator[Tensor]:
     """Features of the images at `indices`, in their order, batch by batch: (B, F) float32.
 
     Args:
