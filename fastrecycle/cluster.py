@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import re
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +77,7 @@ def connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    _check_answers(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, **quiet)
@@ -86,6 +89,20 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT, for which Ray itself waits over 5 minutes."""
+    found = re.fullmatch(r"(?:ray://)?([^/,]+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"cluster: nothing answers at {address} ({error}); expected auto, or the HOST:PORT or"
+            " ray://HOST:PORT that `ray start --head` says"
+        ) from None
 
 
 def _needs(device: torch.device) -> dict[str, int]:

@@ -465,8 +465,9 @@ def evaluate_shots(
     """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}.
 
     Args:
-        vit, lora, dataset, shots, ways, queries, tasks, split, seed, distance, prune, data_root,
-            batch_size, precision, backend, progress, embedding_cache, text: see `evaluate`.
+        vit, lora, dataset, ways, queries, tasks, split, seed, distance, prune: see `evaluate`.
+        data_root, batch_size, precision, backend, progress, embedding_cache, text: likewise.
+        shots: of each result.
         features_of: see `embed`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -47,6 +48,16 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
     wanted = pytest.raises(ImportError, match=r'pip install "fastrecycle\[cluster\]"')
     with wanted, connected("auto"):
         pass
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_address_where_nothing_listens_is_refused_at_once(monkeypatch, scheme):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"nothing answers at {address} "):
+            connected(address).__enter__()
 
 
 def test_eval_command_without_ray_says_what_to_install(monkeypatch, capsys):
