@@ -482,6 +482,7 @@ def _recycle(options: o.Recycle, on_metrics: Any) -> int:
 
 
 def _eval(options: o.Eval) -> int:
+    from fastrecycle.cluster import cluster_features, ray_module
     from fastrecycle.data import load_dataset
     from fastrecycle.eval import Result, evaluate_meta_dataset, evaluate_shots
     from fastrecycle.files import write_json
@@ -490,6 +491,8 @@ def _eval(options: o.Eval) -> int:
     from fastrecycle.report import text_table
 
     config, root = options.eval, options.common.data_root
+    if options.cluster is not None:
+        ray_module()  # raises now, not after weights are fetched
     device = resolve_device(options.common.device)
     precision = resolve_precision(options.common.precision, device)
     dataset = load_dataset(options.dataset, config.split, root, download=options.download)
@@ -502,7 +505,11 @@ def _eval(options: o.Eval) -> int:
         )
     inputs |= tower
     start = time.perf_counter()
-    with image_progress("embedding", _hidden(options.common)) as update:
+    with contextlib.ExitStack() as stack:
+        features_of = None
+        if options.cluster is not None:
+            features_of = stack.enter_context(cluster_features(options.cluster))
+        update = stack.enter_context(image_progress("embedding", _hidden(options.common)))
         shared: dict[str, Any] = {
             "tasks": config.tasks,
             "seed": config.seed,
@@ -512,6 +519,7 @@ def _eval(options: o.Eval) -> int:
             "precision": precision,
             "progress": update,
             "embedding_cache": options.embedding_cache,
+            "features_of": features_of,
         }
         vit = vit.to(device)
         results: list[tuple[str, int | None, Result]]
@@ -531,7 +539,8 @@ def _eval(options: o.Eval) -> int:
     ]
     print(f"{dataset.name}, split {config.split}; LoRA: {options.lora}")
     print(text_table(["tasks", "accuracy (%)", "95 % interval", "number"], rows))
-    print(f"{seconds:.1f} s on {device}")
+    where = "" if options.cluster is None else f", Ray cluster {options.cluster}"
+    print(f"{seconds:.1f} s on {device}{where}")
     if options.json is not None:
         listed = [
             {
@@ -552,6 +561,7 @@ def _eval(options: o.Eval) -> int:
             "templates": None if text is None else list(text.templates),
             "device": str(device),
             "precision": precision,
+            "cluster": options.cluster,
         }
         content = {
             "results": listed,

@@ -8,7 +8,12 @@ for the pool a URL that `fsspec` knows.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
+import re
+import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastrecycle.classifier import Embedder
 from fastrecycle.config import InversionConfig, MetaConfig
-from fastrecycle.eval import Pixels, Result, embed, score_episodes, used_episodes
+from fastrecycle.data import ImageDataset
+from fastrecycle.eval import FeaturesOf, Pixels, Result, batch_features, evaluate_shots
 from fastrecycle.files import is_url, safetensors_content
 from fastrecycle.grouping import ON_CPU, Batch, batches
 from fastrecycle.inversion import Inverter, OnStep, check_inversion
@@ -33,15 +40,22 @@ from fastrecycle.vit import ViT
 
 log = logging.getLogger(__name__)
 
-RETRIES = 3  # of a group whose worker or node was lost, and of meta-training
+RETRIES = 3  # of a group or share whose worker or node was lost, and of meta-training
+SHARES = 4  # of images for each worker, so that a slow one is not waited for long
 
 
-def _ray() -> Any:
+def ray_module() -> Any:
+    """Ray, imported.
+
+    Raises:
+        ImportError: it is not installed.
+
+    """
     try:
         import ray
     except ImportError:
         raise ImportError(
-            "cluster: needs Ray; pip install 'fastrecycle[cluster]', or leave out --cluster"
+            'cluster: needs Ray; pip install "fastrecycle[cluster]", or leave out --cluster'
         ) from None
     return ray
 
@@ -59,10 +73,11 @@ def connected(address: str) -> Iterator[Any]:
         ConnectionError: no cluster at that address.
 
     """
-    ray = _ray()
+    ray = ray_module()
     if ray.is_initialized():
         yield ray
         return
+    _check_answers(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, **quiet)
@@ -74,6 +89,20 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT, for which Ray itself waits over 5 minutes."""
+    found = re.fullmatch(r"(?:ray://)?([^/,]+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"cluster: nothing answers at {address} ({error}); expected auto, or the HOST:PORT or"
+            " ray://HOST:PORT that `ray start --head` says"
+        ) from None
 
 
 def _needs(device: torch.device) -> dict[str, int]:
@@ -337,44 +366,113 @@ def workers_for(tasks: int, slots: int) -> int:
 def cluster_evaluate_shots(
     vit: ViT,
     lora: LoRA | None,
-    images: Pixels,
+    images: Any,
     *,
     shots: Sequence[int],
     address: str = "auto",
-    ways: int = 5,
-    queries: int = 15,
-    tasks: int = 600,
-    seed: int = 0,
-    distance: Any = "euclidean",
-    **embedding: Any,
+    **settings: Any,
 ) -> dict[int, Result]:
     """`evaluate_shots`, the images that the task lists use shared out among the workers.
 
     Args:
-        vit, lora, shots, ways, queries, tasks, seed, distance: see `evaluate`.
-        images: what `decode` returned; sent to the workers.
+        vit, lora, shots: see `evaluate_shots`.
+        images: its `dataset`. Files are opened by the workers, so every node must reach them; what
+            `decode` returned, and arrays, are sent.
         address: see `connected`.
-        embedding: named arguments of `embed`.
+        settings: further named arguments of `evaluate_shots`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `evaluate`.
+        OSError: a worker cannot read the images.
+        RuntimeError: images whose worker was lost again and again.
 
     """
-    device = vit.pos_embed.device
-    drawn, used = used_episodes(
-        images, shots=shots, ways=ways, queries=queries, tasks=tasks, seed=seed
-    )
+    with cluster_features(address) as features_of:
+        return evaluate_shots(vit, lora, images, shots=shots, features_of=features_of, **settings)
+
+
+@contextmanager
+def cluster_features(address: str) -> Iterator[FeaturesOf]:
+    """What `embed` and its callers take as `features_of`, to have a cluster's workers embed.
+
+    Workers get whole batches, so each image has the company that it has in one process, and its
+    features are the same where processor, versions and threads are.
+
+    Args:
+        address: see `connected`.
+
+    Raises:
+        ImportError, ConnectionError: see `connected`.
+
+    """
     with connected(address) as ray:
-        fitted = None if lora is None else lora.fit(vit.config)
-        world = ray.put((vit.to("cpu"), fitted, images, embedding, device.type))
-        vit.to(device)
-        run = ray.remote(max_retries=RETRIES, **_needs(device))(_embed)
-        parts = np.array_split(used, min(len(used), _slots(ray, device)))
-        features = torch.cat(ray.get([run.remote(world, part) for part in parts]))
-    everywhere = features.new_zeros(len(images.labels), features.shape[1])
-    everywhere[torch.from_numpy(used)] = features
-    return {count: score_episodes(everywhere, lists, distance) for count, lists in drawn.items()}
+        yield functools.partial(_shared_features, ray)
 
 
-def _embed(world: Any, indices: np.ndarray) -> Tensor:
+def _shared_features(
+    ray: Any,
+    forward: Embedder,
+    images: ImageDataset | Pixels,
+    indices: np.ndarray,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """Features of the images at `indices`, in their order, share by share: (n, F) float32."""
+    if not len(indices):
+        return
+    vit, lora, device = forward.source, forward.lora, forward.device
+    images = images.to("cpu") if isinstance(images, Pixels) else images
+    settings = {"prune": forward.prune, "precision": forward.precision, "backend": forward.backend}
+    world = ray.put(
+        (vit.to("cpu"), None if lora is None else lora.to("cpu"), settings, images, batch_size,
+         device.type)
+    )  # fmt: skip
+    vit.to(device)
+    run = ray.remote(max_retries=RETRIES, **_needs(device))(_embed)
+    slots = _slots(ray, device)
+    each = batch_size * max(1, -(-len(indices) // batch_size) // (SHARES * slots))
+    starts = iter(range(0, len(indices), each))
+    running: deque[tuple[int, Any]] = deque()
+    while True:
+        # Few at a time, as what an error leaves runs to its end: Ray 2.60 aborts this process where
+        # a task that is cancelled by force ends just then.
+        for start in itertools.islice(starts, 2 * slots - len(running)):
+            running.append((start, run.remote([world], indices[start : start + each])))
+        if not running:
+            return
+        start, share = running.popleft()
+        yield _answer(ray, share, f"images {start} to {start + each - 1}").to(device)
+
+
+def _answer(ray: Any, share: Any, what: str) -> Tensor:
+    """A share's features, or what went wrong as it would be raised here."""
+    try:
+        return ray.get(share)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise OSError(
+                f"{error.cause}; every node must reach the files of the images: use a shared file"
+                " system"
+            ) from error
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"evaluation: {what} of those to embed were lost with their worker, {RETRIES + 1} times"
+            f" ({type(error).__name__}); with --embedding-cache what is done is kept"
+        ) from error
+
+
+_embedders: dict[str, tuple[Embedder, Any, int]] = {}  # of a worker process, see `_inverters`
+
+
+def _embed(world: list[Any], indices: np.ndarray) -> Tensor:
     """Run on a worker: features of some images, (n, F) on the CPU."""
-    vit, lora, images, embedding, device = world
-    moved = None if lora is None else lora.to(device)
-    return embed(vit.to(device), moved, images, indices, **embedding).cpu()
+    import ray
+
+    (reference,) = world  # in a list, so that Ray leaves the fetching to us
+    key = reference.hex()
+    if key not in _embedders:
+        vit, lora, settings, images, batch_size, device = ray.get(reference)
+        _embedders.clear()
+        _embedders[key] = Embedder(vit.to(device), lora, **settings), images, batch_size
+    forward, images, batch_size = _embedders[key]
+    return torch.cat([x.cpu() for x in batch_features(forward, images, indices, batch_size)])

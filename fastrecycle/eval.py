@@ -94,6 +94,10 @@ class Pixels:
         return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
 
+# As `batch_features`, wherever the forward passes are done; a batch may be of any length.
+FeaturesOf = Callable[[Embedder, ImageDataset | Pixels, np.ndarray, int], Iterator[Tensor]]
+
+
 def decode(
     vit: ViT,
     dataset: Any,
@@ -133,6 +137,7 @@ def embed(
     backend: Backend = "reference",
     progress: Progress | None = None,
     embedding_cache: str | Path | None = None,
+    features_of: FeaturesOf | None = None,
 ) -> Tensor:
     """Features of the images at `indices` (all by default), in their order: (n, F) float32.
 
@@ -144,19 +149,22 @@ def embed(
         progress: called with (images done, images in all).
         embedding_cache: folder of features that earlier calls left; those of other weights, LoRAs,
             files or settings are not taken. What is new is added.
+        features_of: where forward passes are done; None: in this process (`batch_features`).
 
     """
     forward = Embedder(vit, lora, prune=prune, precision=precision, backend=backend)
+    features_of = features_of or batch_features
     indices = np.arange(len(images.labels)) if indices is None else indices
     if embedding_cache is None:
-        batches = _features(forward, images, indices, batch_size, progress, 0)
-        return torch.cat(list(batches))
+        batches = features_of(forward, images, indices, batch_size)
+        return torch.cat(list(_told(batches, progress, 0, len(indices))))
     cache = EmbeddingCache(embedding_cache, forward)
     digests = images.digests(indices)
     known, features = cache.find(digests)
     new = np.flatnonzero(~known)
     start = written = 0
-    for batch in _features(forward, images, indices[new], batch_size, progress, int(known.sum())):
+    batches = features_of(forward, images, indices[new], batch_size)
+    for batch in _told(batches, progress, int(known.sum()), len(indices)):
         features[torch.from_numpy(new[start : start + len(batch)])] = batch.cpu()
         start += len(batch)
         if start - written >= _CACHE_FILE_IMAGES or start == len(new):
@@ -166,30 +174,41 @@ def embed(
     return features.to(forward.device)
 
 
-def _features(
-    forward: Embedder,
-    images: ImageDataset | Pixels,
-    indices: np.ndarray,
-    batch_size: int,
-    progress: Progress | None,
-    done: int,
+def _told(
+    batches: Iterator[Tensor], progress: Progress | None, done: int, total: int
 ) -> Iterator[Tensor]:
-    """Features batch by batch; `done` images were known before."""
-    vit, total = forward.source, done + len(indices)
+    """The same batches, each reported; `done` images were known before."""
+    if progress is not None and done:
+        progress(done, total)
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if progress is not None:
+            progress(done, total)
+
+
+def batch_features(
+    forward: Embedder, images: ImageDataset | Pixels, indices: np.ndarray, batch_size: int
+) -> Iterator[Tensor]:
+    """Features of the images at `indices`, in their order, batch by batch: (B, F) float32.
+
+    Args:
+        forward: the network.
+        images: of a split.
+        indices: (n,) integers.
+        batch_size: images a forward pass; the last has what is left.
+
+    """
+    vit = forward.source
     batches: Iterator[Tensor]
     if isinstance(images, Pixels):
         rows = torch.from_numpy(indices).to(images.pixels.device)
         batches = (images.pixels[part] for part in rows.split(batch_size) if len(part))
     else:
         batches = images.images(indices, vit.resize, batch_size)
-    if progress is not None and done:
-        progress(done, total)
     for batch in batches:
         pixels = batch.to(forward.device).float() / 255
         yield forward(vit.normalise(pixels), batch_size)
-        done += len(batch)
-        if progress is not None:
-            progress(done, total)
 
 
 def score_episodes(
@@ -441,8 +460,20 @@ def evaluate_shots(
     progress: Progress | None = None,
     embedding_cache: str | Path | None = None,
     text: TextTower | None = None,
+    features_of: FeaturesOf | None = None,
 ) -> dict[int, Result]:
-    """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}."""
+    """`evaluate` at several shots, each image embedded once for all of them: {shots: Result}.
+
+    Args:
+        vit, lora, dataset, ways, queries, tasks, split, seed, distance, prune: see `evaluate`.
+        data_root, batch_size, precision, backend, progress, embedding_cache, text: likewise.
+        shots: of each result.
+        features_of: see `embed`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `evaluate`.
+
+    """
     if 0 in shots and text is None:
         raise ValueError(
             "text: 0 shots need the text tower of the backbone's model, got none; give"
@@ -460,7 +491,7 @@ def evaluate_shots(
     features, drawn = embed_episodes(
         vit, lora, source, shots=[k or 1 for k in shots], ways=ways, queries=queries, tasks=tasks,
         seed=seed, prune=prune, batch_size=batch_size, precision=precision, backend=backend,
-        progress=progress, embedding_cache=embedding_cache,
+        progress=progress, embedding_cache=embedding_cache, features_of=features_of,
     )  # fmt: skip
     return {
         k: score_episodes(features, drawn[k], distance)
@@ -496,7 +527,7 @@ def evaluate_meta_dataset(
         sizes: bounds of ways, shots and queries; None: the published ones.
         min_images: leave out classes with fewer images; None: one with a single image is an error.
         embedding: further named arguments of `embed`: prune, batch_size, precision, progress,
-            embedding_cache.
+            embedding_cache, features_of.
 
     Raises:
         FileNotFoundError: no such data set; the text says what to put where.

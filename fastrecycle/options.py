@@ -235,6 +235,8 @@ class Eval:
     # Folder where features of images are kept and looked up: of the same file, weights, LoRA and
     # settings alone.
     embedding_cache: Path | None = None
+    # Ray cluster to embed on: auto (the one that runs here, else this machine alone) or an address.
+    cluster: str | None = None
     # Fetch a registered data set that is absent, where it has an official direct link.
     download: bool = False
 

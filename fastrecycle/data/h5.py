@@ -54,8 +54,8 @@ class H5Images(Sequence[Image.Image]):
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle as paths: files are opened again."""
-        return {"files": self.files, "starts": self.starts}
+        """Pickle as whole paths: files are opened again, perhaps from another folder."""
+        return {"files": tuple(file.absolute() for file in self.files), "starts": self.starts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _open=OrderedDict())

@@ -147,6 +147,10 @@ class Folder:
             elif entry.is_file():
                 yield name
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle with the whole path: the other process may stand in another folder."""
+        return {**self.__dict__, "path": self.path.absolute()}
+
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
         return os.path.isfile(self.path / name)  # also false of a name too long for the system
@@ -199,8 +203,8 @@ class Zip:
         self.names = sorted(self._members)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the path: the handle is opened again."""
-        return Zip, (self.path,)
+        """Pickle as the whole path: the handle is opened again, perhaps from another folder."""
+        return Zip, (self.path.absolute(),)
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -229,6 +233,10 @@ class Tar:
             for name, member, _ in _tar_members(file, path):
                 self._places[name] = (member.offset_data, member.size)
         self.names = sorted(self._places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle with the whole path: the other process may stand in another folder."""
+        return {**self.__dict__, "path": self.path.absolute()}
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -259,6 +267,10 @@ class CompressedTar:
             for name, member, _ in _tar_members(file, path):
                 self._sizes[name] = member.size
         self.names = sorted(self._sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle with the whole path: the other process may stand in another folder."""
+        return {**self.__dict__, "path": self.path.absolute()}
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
