@@ -11,15 +11,28 @@ ROOT = Path(__file__).parents[1]
 
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "LICENSE": "LICENSE"}
 
+LINKS = {
+    "docs/": "",
+    "../fastrecycle/assets/": "assets/",
+    "../benchmarks/results/": "benchmarks/",
+    "benchmarks/results/": "benchmarks/",
+}
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add them to what docs/ holds."""
     cards = {f"assets/{card.name}": str(card) for card in ROOT.glob("fastrecycle/assets/*.md")}
-    for page, source in {**PAGES, **cards}.items():
+    results = ROOT / "benchmarks/results"
+    figures = {
+        f"benchmarks/{x.name}": str(x) for x in (results / "benchmarks.md", *results.glob("*.png"))
+    }
+    for page, source in {**PAGES, **cards, **figures}.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links from the repository's root into docs/, and from docs/ to the model cards."""
-    return markdown.replace("](docs/", "](").replace("](../fastrecycle/assets/", "](assets/")
+    """Links from the repository's root into docs/, and from docs/ to what lies outside."""
+    for there, here in LINKS.items():
+        markdown = markdown.replace(f"]({there}", f"]({here}")
+    return markdown

@@ -229,7 +229,8 @@ def _finished(
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
         if stop():
             for other in running:
-                ray.cancel(other, force=True)
+                # not by force: Ray aborts this process when a task ends at that moment
+                ray.cancel(other)
             raise KeyboardInterrupt
         if not ready:
             continue
