@@ -138,7 +138,7 @@ class FakeRay:
             raise self.exceptions.RayTaskError("ValueError: what the code says")
         function(*arguments)
 
-    def cancel(self, key, force):
+    def cancel(self, key):
         self.cancelled.append(key)
 
 
