@@ -16,9 +16,10 @@ ORDER = [
     "block", "pooling", "lora", "lora_files", "dora", "peft_format", "vit", "layouts",
     "conventions", "weights", "sources", "text", "prior", "pool_files", "pool", "grouping",
     "jitter", "shortcuts", "inversion_loss", "inversion_result", "inversion_group", "inversion",
-    "classifier", "screening", "vetting", "parallel", "metatrain", "data", "embedding_cache",
-    "eval", "baselines", "pretune", "inputs", "run", "live", "cluster", "recycler", "report",
-    "bench_report", "serve", "info", "options", "tables", "demo", "cli",
+    "classifier", "screening", "vetting", "parallel", "meta_tasks", "meta_loss", "meta_trainer",
+    "metatrain", "data", "embedding_cache", "eval", "baselines", "pretune", "inputs",
+    "run", "live", "cluster", "recycler", "report", "bench_report", "serve", "info", "options",
+    "tables", "demo", "cli",
 ]  # fmt: skip
 # Imports within functions may look down, where a method or a command opens the door for users.
 DOORS = {
@@ -32,7 +33,8 @@ STAGES = {
     "evaluate_shots", "evaluate_zero_shot", "MetaLoRARecycler",
 }  # fmt: skip
 WIRING = {"__init__", "recycler", "tables", "cli", "demo", "cluster"}
-PARTS = {("inversion", "inversion_group")}  # one stage in several modules
+# One stage in several modules.
+PARTS = {("inversion", "inversion_group"), ("metatrain", "meta_trainer")}
 
 
 def modules():
