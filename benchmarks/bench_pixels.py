@@ -20,7 +20,7 @@ import torch
 from compare import Case
 from timing import copies, device, on_gpu, record, sets_for
 
-from fastrecycle.inversion import Jitter, gather_pixels, inverse
+from fastrecycle.jitter import Jitter, gather_pixels, inverse
 
 pytest.importorskip("triton")
 # variants of a launch are the kernels' own business, which fastrecycle.ops does not show

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from fastrecycle.config import InversionConfig
 from fastrecycle.lora import LoRA
+from fastrecycle.pruning import patches_after_blocks
+from fastrecycle.vit import ViT
 
 ON_CPU = 4  # tasks of a group where there is no device memory to ask for
 # Tasks of a group at most. At ViT-B/16 a task is 25 to 100 images, so by then products have long
@@ -80,3 +82,35 @@ def fitting_size(peak: Callable[[int], int], free_bytes: int, most: int = MOST) 
     each = max(1, two - one)
     room = (1 - _SPARE) * free_bytes - one
     return max(1, min(most, 1 + int(room // each)))
+
+
+def check_inversion(vit: ViT, loras: Sequence[LoRA], config: InversionConfig) -> None:
+    """Raise unless these LoRAs can be inverted, together, with this backbone.
+
+    Raises:
+        ValueError: a LoRA that does not fit, lacks a head, or has another number of classes than
+            the others; a pruning schedule out of range.
+
+    """
+    patches_after_blocks(vit.config.patches, vit.config.depth, config.prune)
+    for i, lora in enumerate(loras):
+        lora.check(vit.config, who=f"LoRA {i}")
+        if lora.head is None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: inversion needs the LoRA's classification head"
+                " (Eq. 1), got none; add head.safetensors (weight (classes, features), bias) to its"
+                " folder or save it with modules_to_save"
+            )
+        if lora.head.normalised and lora.head.bias is not None:
+            raise ValueError(
+                f"{lora.name or f'LoRA {i}'}: a head of class texts (normalised) has no bias, got"
+                f" one of shape {tuple(lora.head.bias.shape)}"
+            )
+    ways = {lora.head.classes for lora in loras if lora.head is not None}
+    if len(ways) > 1:
+        raise ValueError(f"inversion group: heads of one size expected, got {sorted(ways)} classes")
+    if len({lora.head.normalised for lora in loras if lora.head is not None}) > 1:
+        raise ValueError(
+            "inversion group: heads of one kind expected, got linear ones beside class texts"
+            " (normalised)"
+        )

@@ -257,7 +257,7 @@ def test_full_disk_is_named(world, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastrecycle.inversion.save_checkpoint", full)
+    monkeypatch.setattr("fastrecycle.inversion_group.save_checkpoint", full)
     monkeypatch.setattr("fastrecycle.files.Folder.write", full)
     out = tmp_path / "run"
     refused(capsys, recycle(world, out), str(out), "no space left", "finished work is kept")

@@ -10,21 +10,13 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrecycle import inversion
 from fastrecycle.augment import shrink_table
 from fastrecycle.config import InversionConfig
 from fastrecycle.grouping import groups
-from fastrecycle.inversion import (
-    InversionGroup,
-    Jitter,
-    data_loss,
-    gather_pixels,
-    inverse,
-    invert,
-    task_generator,
-)
+from fastrecycle.inversion import InversionGroup, data_loss, invert
+from fastrecycle.jitter import Jitter, gather_pixels, inverse, task_generator
 from fastrecycle.lora import LoRABank, LoRAStack
-from fastrecycle.pool import task_file
+from fastrecycle.pool import TaskImages, task_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")
 SIDE = toys.CONFIG.image_size
@@ -458,7 +450,7 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path, at):
     assert same(whole, resumed)
     assert len(steps) == 16 - at  # nothing is done twice: 2 groups of 8 iterations
     assert steps[-1] == 32
-    assert same(whole, [inversion.TaskImages.load(task_file(tmp_path, i)) for i in range(4)])
+    assert same(whole, [TaskImages.load(task_file(tmp_path, i)) for i in range(4)])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "pool.json",
         *(f"task-00000{i}.safetensors" for i in range(4)),

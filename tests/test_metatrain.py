@@ -20,11 +20,11 @@ from fastrecycle.augment import apply_maps
 from fastrecycle.classifier import prototype_logits
 from fastrecycle.config import MetaConfig
 from fastrecycle.lora import LoRA
+from fastrecycle.meta_trainer import _mirror
 from fastrecycle.metatrain import (
     Episodes,
     EpisodeSampler,
     MetaTrainer,
-    _mirror,
     keep_ladder,
     meta_loss,
     meta_train,

@@ -14,7 +14,7 @@ import aot_launches
 from fastrecycle_kernels import pixels as kernels
 from fastrecycle_kernels import reference
 
-from fastrecycle.inversion import Jitter, gather_pixels
+from fastrecycle.jitter import Jitter, gather_pixels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("one_thread", "poison_empty")

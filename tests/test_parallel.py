@@ -124,7 +124,7 @@ def test_outside_torchrun_one_process_is_alone(monkeypatch):
 def test_pool_read_as_drawn_gives_the_same_meta_lora(name, alone, tmp_path, monkeypatch):
     """In stretches of 6 steps, the last one beyond the end."""
     toys.pool(4).save(tmp_path)
-    monkeypatch.setattr("fastrecycle.metatrain.STAGED", 6)
+    monkeypatch.setattr("fastrecycle.meta_trainer.STAGED", 6)
     pool = SyntheticPool.load(tmp_path)
     result = meta_train(toys.vit(), pool, CONFIGS[name], seed=3, validate=distance, staged=True)
     for one, other in zip(result.lora.tensors(), alone[name].lora.tensors(), strict=True):
@@ -153,7 +153,7 @@ def test_class_texts_of_a_pool_on_disk_are_found_by_every_image(tmp_path):
 
 def test_staged_training_resumes_in_the_middle_of_a_stretch(alone, tmp_path, monkeypatch):
     toys.pool(4).save(tmp_path / "pool")
-    monkeypatch.setattr("fastrecycle.metatrain.STAGED", 8)
+    monkeypatch.setattr("fastrecycle.meta_trainer.STAGED", 8)
     pool, calls = SyntheticPool.load(tmp_path / "pool"), iter(range(100))
     settings = {"seed": 3, "validate": distance, "staged": True, "folder": tmp_path / "meta"}
     with pytest.raises(KeyboardInterrupt):

@@ -12,9 +12,10 @@ import torch
 import toys
 
 from fastrecycle import pool_files
+from fastrecycle.config import InversionConfig
 from fastrecycle.files import Folder
 from fastrecycle.inputs import pool_input
-from fastrecycle.inversion import InversionConfig, invert
+from fastrecycle.inversion import invert
 from fastrecycle.pool import SyntheticPool, task_file
 from fastrecycle.pool_files import INDEX, PoolFiles, TaskImages
 

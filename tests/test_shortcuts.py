@@ -7,9 +7,8 @@ import pytest
 import torch
 import toys
 
-from fastrecycle import inversion
 from fastrecycle.config import InversionConfig
-from fastrecycle.inversion import InversionGroup, invert
+from fastrecycle.inversion import InversionGroup, data_loss, invert
 from fastrecycle.jitter import Jitter, gather_pixels, task_generator
 from fastrecycle.shortcuts import (
     best_patches,
@@ -297,7 +296,7 @@ def test_steps_between_changes_see_one_shape():
     """What a recorded step may rely on: shapes change only where the group says so."""
     group = make(tasks=(0, 1, 2), **COARSE, **PLATEAU, drop=(0.5,), drop_at=(0.75,), lr=0.05)
     shapes, changes = None, []
-    loss, seen = inversion.data_loss, []
+    loss, seen = data_loss, []
 
     def record(*arguments):
         seen.append(tuple(x.shape for x in arguments if isinstance(x, torch.Tensor)))

@@ -20,7 +20,8 @@ from fastrecycle.capture import Captured, capture, optimiser_state, set_rate
 from fastrecycle.classifier import Embedder
 from fastrecycle.config import MetaConfig
 from fastrecycle.inversion import OnStep
-from fastrecycle.metatrain import DRAWN, EpisodeSampler
+from fastrecycle.meta_trainer import DRAWN
+from fastrecycle.metatrain import EpisodeSampler
 from fastrecycle.ops import Resolved, augment, autocast
 from fastrecycle.pool import SyntheticPool
 from fastrecycle.vit import ViT
