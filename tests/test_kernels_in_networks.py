@@ -172,26 +172,26 @@ def test_inversion_step_matches_reference(changes):
     ("changes", "prior"),
     [
         ({"schedule": "cosine"}, True),
-        ({"prune": {0: 0.25, 1: 0.5}, "prune_from": 0.5}, True),
+        ({"prune": {0: 0.25, 1: 0.5}, "prune_from": 0.25}, True),
         ({"alpha": 0.0}, True),
         ({}, False),
     ],
 )
 def test_fused_inversion_step_matches_reference(changes, prior):
-    """Pixels through `ops.jitter_pixels` and `ops.pixel_step`, three iterations."""
+    """Pixels through `ops.jitter_pixels` and `ops.pixel_step`, two iterations."""
     config = InversionConfig(images_per_class=1, iterations=4, lr=0.05, **changes)
-    (plain, fused), curves = inversions(config, 3, prior)
+    (plain, fused), curves = inversions(config, 2, prior)
     assert fused._fuses()
     assert not plain._fuses()
-    assert plain.jitter.shift[:3].any()
-    assert plain.jitter.flip[:3].any()
+    assert plain.jitter.shift[:2].any()
+    assert plain.jitter.flip[:2].any()
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-3)
     # Adam's first steps are rate / |gradient| long: rounding of a gradient near 0 shows
     far = (fused.images - plain.images).abs() > 0.02 * config.lr
     assert far.float().mean() < 0.01
     one, other = (g.optimiser.state[g.images] for g in (plain, fused))
     assert one.keys() == other.keys()
-    assert one["step"].item() == other["step"].item() == 3
+    assert one["step"].item() == other["step"].item() == 2
     for name in ("exp_avg", "exp_avg_sq"):
         gap = (one[name] - other[name]).norm() / one[name].norm()
         assert gap < 1e-2, name
@@ -200,12 +200,11 @@ def test_fused_inversion_step_matches_reference(changes, prior):
 def test_fused_inversion_goes_on_from_a_saved_state(tmp_path):
     """Saved after the first iteration and restored into a group of its own."""
     config = InversionConfig(images_per_class=1, iterations=2, lr=0.05)
+    shallow = replace(toys.CONFIG, depth=1)
 
     def start():
-        loras = [toys.lora(i) for i in range(2)]
-        group = InversionGroup(
-            toys.vit().to(DEVICE), loras, [0, 1], toys.prior().to(DEVICE), config
-        )
+        loras = [toys.lora(i, config=shallow) for i in range(2)]
+        group = InversionGroup(toys.vit(shallow).to(DEVICE), loras, [0, 1], None, config)
         group.impl = "triton"
         return group
 
